@@ -1,0 +1,13 @@
+"""`python -m functional_lm VERB`: every command by its verb."""
+
+from __future__ import annotations
+
+import sys
+
+from functional_lm import generate, prepare, train
+from functional_lm.cli import main
+
+COMMANDS = (prepare.TRAIN_TOKENIZER, prepare.PREPARE, train.COMMAND, generate.COMMAND)
+
+if __name__ == "__main__":
+    sys.exit(main(COMMANDS))

@@ -1,0 +1,107 @@
+"""The one place that calls torch.compile and touches torch's global settings.
+
+A pure function stays the reference; `compiled` gives its fast form. Donation (the new values are written into the
+buffers that held the old ones) happens here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from functional_lm import tree
+
+# torch counts compiled variants per code object (default 8, the ninth raises under fullgraph): closures made by one
+# factory share the count, so that a process that trains several configurations needs room.
+VARIANTS = 256
+
+INDUCTOR: dict[str, Any] = {}
+
+
+def compiled(
+    function: Callable[..., Any], donate: bool = False, enabled: bool = True, backend: str = "inductor"
+) -> Callable[..., Any]:
+    """`function` as one compiled graph per set of shapes; not `enabled`: the function itself.
+
+    With `donate`, `function(state, ...) -> (new_state, report)` becomes a function that writes the new state into the
+    tensors of the old one and returns them: the caller's `state` is used up. Shapes are static; nothing is ever split
+    into several graphs (an error is raised instead).
+    """
+    if not enabled:
+        return function
+    torch._dynamo.config.recompile_limit = VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit = 4 * VARIANTS
+    options = INDUCTOR if backend == "inductor" else None
+    if not donate:
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+    def into_place(state: Any, *rest: Any) -> Any:
+        new, report = function(state, *rest)
+        tree.map(lambda old, value: old if old is value else old.copy_(value), state, new)
+        return report
+
+    inner = torch.compile(into_place, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+    @functools.wraps(function)
+    def donated(state: Any, *rest: Any) -> tuple[Any, Any]:
+        return state, inner(state, *rest)
+
+    return donated
+
+
+def graphs() -> int:
+    """How many graphs this process has compiled: constant in steady state."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def obstacle(device: torch.device | str) -> str | None:
+    """Why code for `device` cannot be compiled here, and the remedy; None if it can.
+
+    Inductor writes C++ for the CPU and needs a compiler and Python's headers.
+    """
+    if torch.device(device).type != "cpu":
+        return None
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) was found; install one (Debian: apt-get install g++) or set CXX"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return f"Python's headers were not found; install them (Debian: apt-get install python{version}-dev)"
+    return None
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`: the accelerator that there is, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the device multiplies in it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to; for timing only."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,254 @@
+"""Flags from dataclass fields, and values from the words of a command line: strict, typed, before anything runs.
+
+Every refusal is a UsageError of one line. Nothing here prints, and nothing imports torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+import re
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from functional_lm.errors import UsageError
+from functional_lm.options import REQUIRED
+
+NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+PLURALS = {bool: "words true or false", int: "whole numbers", float: "numbers", str: "texts"}
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+NONE = ("none", "null", "None")
+# A word that can only be meant as a flag. "-1", "-", "---" and "- an item" are values.
+FLAG = re.compile(r"(--?)([A-Za-z][^\s=]*)(?:=(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: the field `name` of dataclass number `owner` (0 is the command's own, the others its extra groups)."""
+
+    name: str
+    kind: type  # bool, int, float or str: of the value, or of each element of a tuple
+    count: int | None  # None: a single value; 0: a tuple of any length; n: a tuple of n
+    optional: bool  # whether `none` is a value
+    default: Any
+    about: Mapping[str, Any]  # what `option` noted
+    heading: str = "Options"
+    default_text: str = ""
+    owner: int = 0
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        return (self.name, *(alias.replace("-", "_") for alias in self.about.get("aliases", ())))
+
+    @property
+    def switch(self) -> bool:
+        """Whether the flag may stand without a value."""
+        return self.kind is bool and self.count is None
+
+    @property
+    def noun(self) -> str:
+        """What a value has to be, for an error."""
+        many = f"{self.count} {PLURALS[self.kind]}" if self.count else PLURALS[self.kind]
+        return (NOUNS[self.kind] if self.count is None else f"{many} separated by commas") + (
+            ", or none" if self.optional else ""
+        )
+
+    @property
+    def limits(self) -> str:
+        """The range in words, "" without one."""
+        low, high, above, below = (self.about.get(name) for name in ("low", "high", "above", "below"))
+        if low is not None and high is not None:
+            return f"between {low} and {high}"
+        bounds = (("at least", low), ("above", above), ("at most", high), ("below", below))
+        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+
+
+# Fields to flags --------------------------------------------------------------------------------------------------
+
+
+def describe(options: type) -> list[Flag]:
+    """The flags of a dataclass, one for each field. Raises TypeError for a type that no flag can hold."""
+    hints = get_type_hints(options)
+    return [_describe(field, hints[field.name]) for field in dataclasses.fields(options) if field.init]
+
+
+def _describe(field: dataclasses.Field[Any], annotation: Any) -> Flag:
+    kind, count, optional = _kind(annotation)
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    heading = field.metadata.get("group", "Options")
+    text = "required" if default is REQUIRED else show(default)
+    return Flag(field.name, kind, count, optional, default, field.metadata, heading, text)
+
+
+def _kind(annotation: Any) -> tuple[type, int | None, bool]:
+    """(type of the value or of its elements, how many of them, whether None is a value)."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType) and len(inner) == 2 and NoneType in inner:
+        kind, count, _ = _kind(inner[0] if inner[1] is NoneType else inner[1])
+        return kind, count, True
+    if origin is tuple and inner[0] in NOUNS and set(inner) <= {inner[0], Ellipsis}:
+        return inner[0], 0 if Ellipsis in inner else len(inner), False
+    if annotation in NOUNS:
+        return annotation, None, False
+    raise TypeError(f"no flag can hold {annotation!r}: use bool, int, float, str, a tuple of one of them, or `| None`")
+
+
+def show(value: Any) -> str:
+    """A default as one would type it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(map(show, value)) or "empty"
+    return value if isinstance(value, str) and value.strip() else repr(value)
+
+
+# Words to values --------------------------------------------------------------------------------------------------
+
+
+def parse(flags: Sequence[Flag], argv: Iterable[str], positional: Sequence[str] = ()) -> dict[str, Any]:
+    """The values that `argv` gives, by name of the flag. Raises UsageError.
+
+    `--name value` and `--name=value` are the same, and so are `-` and `_` in a name. A bool needs no value and has
+    the opposite `--noname`. A word that belongs to no flag goes to the next of `positional`; after `--` all words do.
+    """
+    spellings = {spelling: flag for flag in flags for spelling in flag.spellings}
+    words, only_positional = deque(argv), False
+    given: dict[str, Any] = {}
+    while words:
+        word = words.popleft()
+        match = FLAG.fullmatch(word)
+        if only_positional or (match is None and word != "--"):
+            flag, text = _next_position(word, [spellings[name] for name in positional if name not in given]), word
+        elif match is None:
+            only_positional = True
+            continue
+        else:
+            flag, text = _named(match, spellings, words)
+        if flag.name in given:
+            raise UsageError(f"--{flag.name} is given twice; give it once")
+        given[flag.name] = convert(flag, text)
+    missing = [flag for flag in flags if flag.default is REQUIRED and flag.name not in given]
+    if missing:
+        meaning = f" ({missing[0].about['help']})" if len(missing) == 1 and "help" in missing[0].about else ""
+        verb = "is" if len(missing) == 1 else "are"
+        raise UsageError(f"{', '.join(f'--{flag.name}' for flag in missing)} {verb} required{meaning}")
+    return given
+
+
+def _next_position(word: str, free: list[Flag]) -> Flag:
+    if not free:
+        shown = repr(_short(word))
+        raise UsageError(f"unexpected argument {shown}; write --name value, and quote a value that holds spaces")
+    return free[0]
+
+
+def _named(match: re.Match[str], spellings: Mapping[str, Flag], words: deque[str]) -> tuple[Flag, str]:
+    """The flag that a word names and the text of its value, which may be the next of `words`."""
+    dashes, typed, text = match.groups()
+    key = typed.replace("-", "_")
+    flag = spellings.get(key) if dashes == "--" else None
+    opposite = spellings.get(key[2:].lstrip("_")) if dashes == "--" and key.startswith("no") else None
+    if flag is None and opposite is not None and opposite.switch:
+        if text is not None:
+            raise UsageError(f"--{typed} takes no value; write --{opposite.name} true or --{opposite.name} false")
+        return opposite, "false"
+    if flag is None:
+        near = nearest(key, spellings, "--help lists the flags", "--")
+        raise UsageError(f"unknown flag {dashes}{_short(typed)}; {near}")
+    if text is not None:
+        return flag, text
+    if words and words[0] != "--" and not FLAG.fullmatch(words[0]):
+        return flag, words.popleft()
+    if flag.switch:
+        return flag, "true"
+    dashed = f"; if it starts with a dash, --{typed}={_short(words[0])}" if words and flag.kind is str else ""
+    raise UsageError(f"--{typed} needs a value: {flag.noun}{dashed}")
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
+    """The question after the nearest known word, or `otherwise`."""
+    near = difflib.get_close_matches(word.lower(), list(known), 1)
+    return f"did you mean {prefix}{near[0]}?" if near else otherwise
+
+
+def convert(flag: Flag, text: str) -> Any:
+    """The value of a text, by the type, choices and limits of the flag. Raises UsageError."""
+    if flag.optional and text in NONE:
+        return None
+    if flag.count is None:
+        return _scalar(flag, text)
+    parts = _parts(flag.kind, text)
+    if flag.count and len(parts) != flag.count:
+        raise UsageError(f"--{flag.name} is {_short(text)!r}; it is {flag.noun}")
+    return tuple(_scalar(flag, part) for part in parts)
+
+
+def _parts(kind: type, text: str) -> list[str]:
+    """The elements of `a,b`, of `[1, 2]`, and of `["a,b", "c"]` for texts that hold commas themselves."""
+    if kind is str:
+        if text[:2] in ('["', "['"):
+            try:
+                listed = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                listed = None
+            if isinstance(listed, list) and all(isinstance(part, str) for part in listed):
+                return listed
+        return text.split(",") if text else []
+    inner = text.strip()
+    if inner[:1] + inner[-1:] in ("[]", "()"):
+        inner = inner[1:-1].strip()
+    return [part.strip() for part in inner.split(",")] if inner else []
+
+
+def _scalar(flag: Flag, text: str) -> Any:
+    value: Any = text
+    shown = _short(text.strip()) if flag.kind in (int, float) else repr(_short(text))
+    if flag.kind is bool:
+        value = BOOLEANS.get(text.lower())
+        if value is None:
+            raise UsageError(f"--{flag.name} is {shown}; it is {flag.noun}")
+    elif flag.kind is not str:
+        value = _number(flag, text, shown)
+    choices = flag.about.get("choices", (value,))
+    if value not in choices:
+        none = ", none" if flag.optional else ""
+        raise UsageError(f"--{flag.name} is {shown}; it can be {', '.join(map(str, choices))}{none}")
+    low, high, above, below = (flag.about.get(name) for name in ("low", "high", "above", "below"))
+    if (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+        or (below is not None and value >= below)
+    ):
+        raise UsageError(f"--{flag.name} is {shown}; it has to be {flag.limits}")
+    return value
+
+
+def _number(flag: Flag, text: str, shown: str) -> int | float:
+    try:
+        approximate, exact = float(text), Decimal(text)
+    except (ValueError, ArithmeticError):
+        raise UsageError(f"--{flag.name} is {_short(text)!r}; it is {flag.noun}") from None
+    if flag.kind is float:
+        if not math.isfinite(approximate):
+            raise UsageError(f"--{flag.name} is {shown}; it has to be finite and below 1.8e308")
+        return approximate
+    # Not int(float): 2**53 + 1 has to arrive as itself.
+    if not exact.is_finite() or (exact.copy_abs() < 2**63 and exact != exact.to_integral_value()):
+        raise UsageError(f"--{flag.name} is {shown}; it is {flag.noun}")
+    if not -(2**63) <= exact < 2**63:
+        raise UsageError(f"--{flag.name} is {shown}; it does not fit 64 bits")
+    return int(exact)
+
+
+def _short(text: str) -> str:
+    """A text that leaves an error one readable line."""
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,78 @@
+"""Model folders: a parameter tree, its configuration and its tokenizer as Hugging Face lays them out.
+
+config.json  model.safetensors  tokenizer.model  tokenizer_config.json  generation_config.json
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_lm import files, tree
+from functional_lm.errors import DataError
+from functional_lm.model import config as model_config
+from functional_lm.model.config import ModelConfig
+from functional_lm.model.transformer import abstract
+from functional_lm.text import tokenizer as tokenizers
+from functional_lm.text.tokenizer import Tokenizer
+from functional_lm.tree import Tree
+
+
+class Model(NamedTuple):
+    """What a model folder holds."""
+
+    params: Tree
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
+    """`params, config, tokenizer` of a model folder; `dtype` casts the weights, None keeps what the file holds.
+
+    Raises DataError if the folder or a part of it is missing, or the file's tensors are not those of the config.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"no model folder at {folder}; train one with `python -m functional_lm.train --out {folder}`")
+    config = model_config.read(folder / "config.json")
+    params = tree.load(folder / "model.safetensors", device)
+    check(params, config, folder / "model.safetensors")
+    if dtype is not None:
+        params = tree.cast(params, dtype)
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
+            "they do not belong together"
+        )
+    return Model(params, config, tokenizer)
+
+
+def check(params: Tree, config: ModelConfig, what: str | Path) -> None:
+    """Raise DataError unless the tree has exactly the leaves and shapes that the configuration describes."""
+    expected: dict[str, Tensor] = tree.flatten(abstract(config))
+    found = tree.flatten(params)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise DataError(f"{what} lacks the tensor {name!r} that its config.json describes")
+        if name not in expected:
+            raise DataError(f"{what} holds a tensor {name!r} that its config.json does not describe")
+        if found[name].shape != expected[name].shape:
+            raise DataError(
+                f"{what}: {name!r} is {list(found[name].shape)}; config.json describes {list(expected[name].shape)}"
+            )
+
+
+def save(folder: str | Path, params: Tree, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Write the parts of a model folder, each whole or not at all; other files of the folder stay."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(tree.leaves(params)[0].dtype).removeprefix("torch.")
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    tree.save(params, folder / "model.safetensors")
+    tokenizer.save(folder)
+    files.write_json(folder / "generation_config.json", special)
+    files.write_json(folder / "config.json", model_config.to_hugging_face(config, special, dtype))

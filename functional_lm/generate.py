@@ -1,0 +1,72 @@
+"""`python -m functional_lm.generate`: continue a text with a trained model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+from functional_lm import console
+from functional_lm.cli import Command, main_single
+from functional_lm.options import REQUIRED, option
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """Flags of `generate`."""
+
+    model: str = option(REQUIRED, "model folder", aliases=("model_path",))
+    prompt: str = option("", "text to go on from; empty: the beginning of a document")
+    max_tokens: int = option(200, "longest continuation", low=1, aliases=("max_new_tokens",))
+    temperature: float = option(0.8, "0: always the likeliest token", low=0, group="Sampling")
+    top_k: int = option(0, "draw from the k likeliest tokens; 0: off", low=0, group="Sampling")
+    top_p: float = option(1.0, "draw from the likeliest tokens that hold this mass", above=0, high=1, group="Sampling")
+    seed: int = option(0, "seed of the draws", low=0, group="Sampling")
+    stream: bool = option(True, "print as it is written")
+    dtype: str = option("auto", "precision of weights and cache", choices=("auto", "float32", "bfloat16"), group="Machine")
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), group="Machine")
+    compile: bool = option(True, "compile prefill and decoding (eager where no C++ compiler is found)", group="Machine")
+
+
+def run(options: GenerateFlags) -> int:
+    """Print the prompt and its continuation; what it took goes to stderr."""
+    from functional_lm import compile as compiling
+    from functional_lm import folder
+    from functional_lm.inference import text
+    from functional_lm.inference.generate import GenerateOptions, decoder, generate
+    from functional_lm.model.compute import compute_copy
+
+    device = compiling.resolve_device(options.device)
+    dtype = compiling.resolve_dtype(options.dtype, device)
+    params, config, tokenizer = folder.load(options.model, device)
+    prompt = tokenizer.encode(options.prompt) or [tokenizer.bos_id]
+    compile = options.compile
+    if compile and (obstacle := compiling.obstacle(device)):
+        console.note(f"running without compilation: {obstacle}")
+        compile = False
+    weights = compute_copy(params, dtype)
+    how = GenerateOptions(
+        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, (tokenizer.eos_id,)
+    )
+    run = decoder(config, compile, how.truncates)
+    if compile:
+        with console.announced("compiling", file=sys.stderr):
+            list(generate(weights, prompt, run, GenerateOptions(2, options.temperature)))
+    started, count = time.perf_counter(), 0
+    pieces = [options.prompt]
+    if options.stream:
+        print(options.prompt, end="", flush=True)
+    for piece in text.stream(weights, run, tokenizer, prompt, how):
+        count += 1
+        pieces.append(piece)
+        if options.stream:
+            print(piece, end="", flush=True)
+    print() if options.stream else print("".join(pieces))
+    console.note(f"{count} tokens, {console.count(count / (time.perf_counter() - started))} tokens/s")
+    return 0
+
+
+COMMAND = Command("generate", "continue a text with a trained model", GenerateFlags, run)
+
+if __name__ == "__main__":
+    sys.exit(main_single(COMMAND, prog="python -m functional_lm.generate"))

@@ -1,0 +1,1 @@
+"""Generation as pure prefill and decode over a cache tree."""

@@ -1,0 +1,184 @@
+"""Generation as two pure functions over a cache, `prefill` and `decode_step`, and a plain loop that drives them.
+
+A slot's next token is a function of (params, its tokens, its key, its settings) alone: the draw for the token at
+position n uses `fold_in(slot key, n)`, so that neither its neighbours nor its slot change what it says.
+
+Axes: S slots, T time, V vocabulary, C cache length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from functional_lm import keys
+from functional_lm.compile import compiled
+from functional_lm.inference import cache as kv
+from functional_lm.inference.sampling import Sampling, sample
+from functional_lm.model.config import ModelConfig
+from functional_lm.model.transformer import forward_cached, hidden, project_logits
+from functional_lm.tree import Tree
+
+CHUNK = 64  # tokens that one prefill call takes; the cache's length is a multiple of it
+
+
+class Slots(NamedTuple):
+    """What the running sequences know besides the cache. A pytree.
+
+    `tokens` [S] are the last ones, not yet in the cache; they stand at `positions` [S]. `drawn` [S] counts the tokens
+    that the sequence has drawn so far, and selects the draw of the next.
+    """
+
+    tokens: Int[Tensor, "S"]
+    positions: Int[Tensor, "S"]
+    drawn: Int[Tensor, "S"]
+    keys: Int[Tensor, "S 2"]
+    sampling: Sampling
+
+
+def prefill(
+    params: Tree,
+    cache: Tree,
+    tokens: Int[Tensor, "S T"],
+    positions: Int[Tensor, "S"],
+    last: Int[Tensor, "S"],
+    config: ModelConfig,
+) -> tuple[Tree, Float[Tensor, "S V"]]:
+    """Put T tokens per slot into the cache from `positions` on; logits behind column `last` of each row.
+
+    Columns after `last` are padding: the rows they write are hidden by causality until real tokens replace them.
+    """
+    at = positions[:, None] + torch.arange(tokens.shape[-1], device=tokens.device)
+    x, written = hidden(params, tokens, config, cache=cache, positions=at)
+    assert written is not None
+    return written, project_logits(params, x[torch.arange(x.shape[0], device=x.device), last], config)
+
+
+def choose(logits: Float[Tensor, "S V"], slots: Slots, truncating: bool) -> Int[Tensor, "S"]:
+    """The next token of each slot."""
+    return sample(logits, torch.vmap(keys.fold_in)(slots.keys, slots.drawn), slots.sampling, truncating)
+
+
+def decode_step(
+    state: tuple[Tree, Slots], params: Tree, config: ModelConfig, truncating: bool = True
+) -> tuple[tuple[Tree, Slots], Int[Tensor, "S"]]:
+    """One more token for every slot: `((cache, slots), params) -> ((cache, slots), tokens)`, sampling inside."""
+    cache, slots = state
+    cache, logits = forward_cached(params, cache, slots.tokens[:, None], slots.positions, config)
+    tokens = choose(logits[:, -1], slots, truncating)
+    slots = slots._replace(tokens=tokens, positions=slots.positions + 1, drawn=slots.drawn + 1)
+    return (cache, slots), tokens
+
+
+# The loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How to continue a text. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    max_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def truncates(self) -> bool:
+        """Whether sampling needs the logits in order."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+class Decoder(NamedTuple):
+    """The two functions of a generation, compiled or not; made once for a model and used for many texts."""
+
+    prefill: Callable[..., tuple[Tree, Float[Tensor, "S V"]]]
+    decode: Callable[..., tuple[tuple[Tree, Slots], Int[Tensor, "S"]]]
+    config: ModelConfig
+    truncating: bool
+
+
+def decoder(config: ModelConfig, compile: bool = True, truncating: bool = True) -> Decoder:
+    """`prefill` and `decode_step` for one architecture, with the cache donated where compiled."""
+    config = dataclasses.replace(config, dropout=0.0, checkpoint_activations=False)
+    fill = partial(_prefill_into, config=config)
+    step = partial(decode_step, config=config, truncating=truncating)
+    return Decoder(
+        compiled(fill, donate=True, enabled=compile),
+        compiled(step, donate=True, enabled=compile),
+        config,
+        truncating,
+    )
+
+
+def _prefill_into(
+    cache: Tree,
+    params: Tree,
+    tokens: Int[Tensor, "S T"],
+    positions: Int[Tensor, "S"],
+    last: Int[Tensor, "S"],
+    config: ModelConfig,
+) -> tuple[Tree, Float[Tensor, "S V"]]:
+    return prefill(params, cache, tokens, positions, last, config)
+
+
+def generate(params: Tree, prompt: list[int], run: Decoder, options: GenerateOptions) -> Iterator[int]:
+    """The continuation of `prompt`, token by token, until a stop id or `max_tokens`.
+
+    When the model's longest context is full, the newer half of it is read again and generation goes on from there.
+    The values of `params` decide the precision. Raises ValueError for an empty prompt.
+    """
+    if not prompt:
+        raise ValueError("generation needs at least one token to go on from")
+    device = params["model"]["embed_tokens"]["weight"].device
+    longest = run.config.max_len
+    text = list(prompt[-longest:])
+    cache, logits = read(params, text, run, device)
+    slots = Slots(
+        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.tensor([len(text)], device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        keys.key(options.seed, device)[None],
+        Sampling.uniform(1, options.temperature, options.top_k, options.top_p, device),
+    )
+    token = int(choose(logits, slots, run.truncating))
+    for count in range(1, options.max_tokens + 1):
+        yield token
+        if token in options.stop_ids or count == options.max_tokens:
+            return
+        text.append(token)
+        drawn = torch.tensor([count], device=device)
+        if len(text) > longest:
+            text = text[-(longest // 2 + 1) :]
+            cache, logits = read(params, text, run, device)
+            slots = slots._replace(positions=torch.tensor([len(text)], device=device), drawn=drawn)
+            token = int(choose(logits, slots, run.truncating))
+        else:
+            position = torch.tensor([len(text) - 1], device=device)
+            slots = slots._replace(tokens=torch.tensor([token], device=device), positions=position, drawn=drawn)
+            (cache, slots), tokens = run.decode((cache, slots), params)
+            token = int(tokens)
+
+
+def read(params: Tree, tokens: list[int], run: Decoder, device: torch.device) -> tuple[Tree, Float[Tensor, "1 V"]]:
+    """A fresh cache of one slot that holds `tokens`, and the logits behind them; chunk by chunk, one shape."""
+    chunk = min(CHUNK, run.config.max_len)
+    rows = -(-run.config.max_len // chunk) * chunk
+    weight = params["model"]["embed_tokens"]["weight"]
+    cache = kv.init(run.config, 1, rows, weight.dtype, device)
+    logits = None
+    for start in range(0, len(tokens), chunk):
+        part = tokens[start : start + chunk]
+        padded = torch.tensor([part + [0] * (chunk - len(part))], device=device)
+        at, last = torch.tensor([start], device=device), torch.tensor([len(part) - 1], device=device)
+        cache, logits = run.prefill(cache, params, padded, at, last)
+    assert logits is not None
+    return cache, logits

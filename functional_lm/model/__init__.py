@@ -1,0 +1,1 @@
+"""The transformer as pure functions over a parameter tree."""

@@ -1,0 +1,226 @@
+"""What a transformer is: one frozen, hashable description from which shapes, files and behaviour follow.
+
+Axes: B batch, T time, D model width, H query heads, K key/value heads, E head width, F feed-forward width,
+V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from functional_lm.errors import DataError, UsageError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "feed_forward": ("swiglu", "gelu", "relu", "relu2"),
+    "attention": ("auto", "standard", "flash"),
+    "positions": ("rope", "sinusoidal", "learned", "none"),
+    "norm": ("rmsnorm", "layernorm"),
+    "norm_placement": ("pre", "post"),
+    "bias": ("none", "qkv", "all"),
+}
+
+
+def option(default: Any, meaning: str) -> Any:
+    """A field with the one-line meaning that `--help` and the README's table print."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Widths left at 0 are derived: `n_kv_heads` = `n_heads`, `head_dim` = D/H, `d_ff` = 8/3 D or 4 D."""
+
+    vocab_size: int = option(32000, "tokens in the vocabulary (V)")
+    d_model: int = option(256, "model width (D)")
+    n_layers: int = option(6, "transformer blocks (L)")
+    n_heads: int = option(8, "query heads (H)")
+    n_kv_heads: int = option(0, "key/value heads (K), a divisor of n_heads; 0: as many as n_heads")
+    head_dim: int = option(0, "width of a head (E); 0: d_model / n_heads")
+    d_ff: int = option(0, "feed-forward width (F); 0: 8/3 d_model for swiglu, 4 d_model otherwise")
+    max_len: int = option(256, "longest sequence the model is made for, tokens")
+    dropout: float = option(0.0, "probability of dropping an activation while training")
+    positions: str = option("rope", "rope | sinusoidal | learned | none")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    rotary_fraction: float = option(1.0, "share of each head that is rotated")
+    rope_scaling: tuple[float, float, float, float] | None = option(
+        None, "Llama-3 scaling: factor,low_freq_factor,high_freq_factor,original_max_len"
+    )
+    norm: str = option("rmsnorm", "rmsnorm | layernorm")
+    norm_placement: str = option("pre", "pre: normalise a block's input; post: the sum after it")
+    norm_eps: float = option(1e-5, "added to the variance in a norm")
+    feed_forward: str = option("swiglu", "swiglu | gelu | relu | relu2")
+    bias: str = option("none", "none | qkv | all: which projections have a bias")
+    qk_norm: bool = option(False, "RMSNorm on each query and key head")
+    attention: str = option("auto", "standard (vmaps, differentiates twice) | flash (fused kernel) | auto (by device)")
+    sliding_window: int = option(0, "how many tokens back a token attends; 0: all")
+    parallel_residual: bool = option(False, "attention and feed-forward both read the block's input")
+    logit_softcap: float = option(0.0, "logits become c tanh(logits / c); 0: off")
+    tie_embeddings: bool = option(True, "one matrix for embedding and output")
+    checkpoint_activations: bool = option(False, "recompute each layer in the backward pass to save memory")
+    initializer_range: float = option(0.02, "standard deviation of the initial weights")
+
+    def __post_init__(self) -> None:
+        derive = object.__setattr__
+        if not self.n_kv_heads:
+            derive(self, "n_kv_heads", self.n_heads)
+        if not self.head_dim and self.n_heads > 0:
+            if self.d_model % self.n_heads:
+                raise UsageError(
+                    f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; change one or give head_dim"
+                )
+            derive(self, "head_dim", self.d_model // self.n_heads)
+        if not self.d_ff:
+            wide = 4 * self.d_model if self.feed_forward != "swiglu" else math.ceil(8 * self.d_model / 3 / 32) * 32
+            derive(self, "d_ff", wide)
+        if self.rope_scaling is not None:
+            derive(self, "rope_scaling", tuple(float(number) for number in self.rope_scaling))
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_len"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it has to be at least 1")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it can be {', '.join(choices)}")
+        if self.n_heads % self.n_kv_heads:
+            raise UsageError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"dropout is {self.dropout}; it lies in [0, 1)")
+        if not 0 < self.rotary_fraction <= 1 or (self.positions == "rope" and self.rotary_width < 2):
+            raise UsageError(
+                f"rotary_fraction is {self.rotary_fraction}; it has to leave an even number of at least 2 of the "
+                f"{self.head_dim} head dimensions"
+            )
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise UsageError(f"d_model {self.d_model} is odd; sinusoidal positions need an even width")
+        if self.parallel_residual and self.norm_placement == "post":
+            raise UsageError("parallel_residual goes with norm_placement pre")
+        for name in ("norm_eps", "initializer_range", "rope_theta"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise UsageError(f"{name} is {getattr(self, name)}; it has to be positive and finite")
+        for name in ("sliding_window", "logit_softcap"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}; it is 0 (off) or positive")
+        if self.rope_scaling is not None and (len(self.rope_scaling) != 4 or min(self.rope_scaling) <= 0):
+            raise UsageError(f"rope_scaling is {self.rope_scaling}; it is four positive numbers")
+
+    @property
+    def rotary_width(self) -> int:
+        """How many dimensions of a head are rotated; even."""
+        return int(self.head_dim * self.rotary_fraction) // 2 * 2
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+NAMES = tuple(f.name for f in dataclasses.fields(ModelConfig))
+
+
+def from_json(values: dict[str, Any], source: str = "the configuration") -> ModelConfig:
+    """The config of a dict with our names; an unknown name is refused with the nearest known one."""
+    for name in values:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, 1)
+            raise UsageError(f"{source} has an unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    try:
+        return ModelConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{source} holds a value of the wrong type ({error})") from error
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"d_model": 256, "n_layers": 6, "n_heads": 4, "d_ff": 704, "max_len": 256},
+}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The fields that a named architecture sets."""
+    if name not in PRESETS:
+        raise UsageError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def preset(name: str, **changes: Any) -> ModelConfig:
+    """A named architecture with some fields changed."""
+    return ModelConfig(**{**preset_values(name), **changes})
+
+
+# config.json ------------------------------------------------------------------------------------------------------
+
+
+def to_hugging_face(config: ModelConfig, special: Mapping[str, int | None], dtype: str) -> dict[str, Any]:
+    """The `config.json` of a model folder: Llama's keys where the architecture is a Llama, ours always."""
+    common = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.d_ff,
+        "max_position_embeddings": config.max_len,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "torch_dtype": dtype,
+        **special,
+    }
+    ours = {"functional_lm": config.to_json()}
+    if not is_llama(config):
+        return {"model_type": "functional_lm", "architectures": ["FunctionalLM"], **common, **ours}
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        **common,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        **ours,
+    }
+
+
+def is_llama(config: ModelConfig) -> bool:
+    """Whether Hugging Face's LlamaForCausalLM computes the same function from the same tree."""
+    like = dataclasses.replace(
+        config,
+        positions="rope",
+        rotary_fraction=1.0,
+        rope_scaling=None,
+        norm="rmsnorm",
+        norm_placement="pre",
+        feed_forward="swiglu",
+        bias="none",
+        qk_norm=False,
+        sliding_window=0,
+        parallel_residual=False,
+        logit_softcap=0.0,
+    )
+    return like == config
+
+
+def read(path: str | Path) -> ModelConfig:
+    """The ModelConfig of a `config.json` that this project wrote, or of a bare JSON file of our names."""
+    return from_json(read_values(path), str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The fields that a configuration file sets. Raises DataError for a missing file or one that is not JSON."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"no configuration at {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds a {type(values).__name__}, not an object of settings")
+    return values.get("functional_lm", values)

@@ -1,0 +1,71 @@
+"""Checkpoints: a training state as a folder that appears whole.
+
+checkpoints/step-00001000/   a model folder (generate from it, fine-tune it), and beside its files
+    training.safetensors     everything else that the next step reads: optimizer, key, step, numbers
+    training.json            what it is, and the loop's own memory
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from functional_lm import files, folder, tree
+from functional_lm.errors import DataError
+from functional_lm.model.config import ModelConfig
+from functional_lm.text.tokenizer import Tokenizer
+from functional_lm.training.step import TrainState
+
+FORMAT = 1
+NAME = re.compile(r"step-(\d{8,})")
+
+
+def name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(
+    checkpoints: str | Path, state: TrainState, config: ModelConfig, tokenizer: Tokenizer, memory: dict[str, Any]
+) -> Path:
+    """Write the state under its step; `memory` is JSON that comes back with it."""
+    step = int(state.step)
+    path = Path(checkpoints) / name(step)
+    rest = {part: value for part, value in state._asdict().items() if part != "params"}
+    with files.writing_folder(path) as temporary:
+        folder.save(temporary, state.params, config, tokenizer)
+        tree.save(rest, temporary / "training.safetensors")
+        files.write_json(temporary / "training.json", {"format": FORMAT, "step": step, "memory": memory})
+    return path
+
+
+def load(path: str | Path, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state in `template`'s structure and on its device, and the memory saved with it.
+
+    Raises DataError if a file is missing or damaged, of a later format, or does not fit the template.
+    """
+    path = Path(path)
+    try:
+        notes = files.read_json(path / "training.json")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no training checkpoint ({error})") from error
+    if notes.get("format") != FORMAT:
+        raise DataError(f"{path} has format {notes.get('format')}; this version reads {FORMAT}")
+    device = template.key.device
+    flat: dict[str, Tensor] = tree.flatten({"params": tree.load(path / "model.safetensors", device)})
+    flat |= tree.flatten(tree.load(path / "training.safetensors", device))
+    return tree.restore(template, flat, str(path)), notes["memory"]
+
+
+def listing(checkpoints: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [(int(match[1]), path) for path in Path(checkpoints).glob("step-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def prune(checkpoints: str | Path, keep: int) -> None:
+    """Remove all but the newest `keep`; 0 keeps all."""
+    for path in listing(checkpoints)[: -keep or None] if keep else []:
+        files.remove(path)

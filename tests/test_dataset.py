@@ -1,0 +1,330 @@
+"""A dataset is what was written, a view covers each token once, an epoch each window once, and a batch is pure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from functional_lm.errors import DataError, UsageError
+from functional_lm.text import dataset, tokenizer
+from functional_lm.text.dataset import Dataset, View
+from functional_lm.text.prepare import prepare, train_tokenizer
+from functional_lm.text.tokenizer import Tokenizer
+
+VOCABULARY, DELIMITER, DIGEST = 50, 1, "ab" * 32
+DOCUMENT = st.lists(st.integers(0, VOCABULARY - 1), max_size=30)
+DOCUMENTS = st.lists(DOCUMENT, min_size=1, max_size=12)
+FRACTION = st.floats(0, 1, exclude_max=True)
+SEED = st.integers(0, 2**31)
+
+
+def write(path: Path, documents: list[Any]) -> Dataset:
+    with dataset.writing(path, VOCABULARY, DELIMITER, DIGEST) as writer:
+        for document in documents:
+            writer.append(np.array(document) if document else np.zeros(0, np.int32))
+    return dataset.open_dataset(path)
+
+
+def numbered(lengths: list[int]) -> Dataset:
+    """A dataset in memory whose tokens are their own places, so that every token is told from every other."""
+    offsets = np.cumsum([0, *lengths])
+    tokens = np.arange(offsets[-1], dtype=np.int32)
+    return Dataset(Path("memory"), tokens, offsets, int(offsets[-1]), DELIMITER, DIGEST, "")
+
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+NUMBERED = LENGTHS.map(numbered)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("dataset")
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+@given(documents=DOCUMENTS)
+@settings(max_examples=30)
+def test_what_is_read_is_what_was_written(folder: Path, documents: list[list[int]]) -> None:
+    opened = write(folder / "same", documents)
+    dataset.verify(opened)
+    assert [opened.document(i).tolist() for i in range(opened.documents)] == documents
+    assert opened.tokens.tolist() == [token for document in documents for token in [DELIMITER, *document]]
+    assert (opened.vocab_size, opened.delimiter, opened.tokenizer_digest) == (VOCABULARY, DELIMITER, DIGEST)
+    assert not opened.tokens.flags.writeable
+
+
+def test_the_bytes_on_disk(tmp_path: Path) -> None:
+    opened = write(tmp_path / "v1.5", [[7, 8], [], [9]])
+    assert (tmp_path / "v1.5.bin").read_bytes() == np.array([1, 7, 8, 1, 1, 9], "<i4").tobytes()
+    index = (tmp_path / "v1.5.index").read_bytes()
+    assert index[:8] == b"FLMINDEX"
+    assert np.frombuffer(index[8:16], "<u4").tolist() == [1, 1]
+    assert np.frombuffer(index[16:64], "<u8").tolist() == [VOCABULARY, DELIMITER, 3, 6, 1 << 20, 1]
+    assert index[64:96].hex() == DIGEST
+    assert opened.digest == index[128:144].hex()
+    assert np.frombuffer(index[144 + 16 :], "<i8").tolist() == [0, 3, 4, 6]
+    assert {path.name for path in tmp_path.iterdir()} == {"v1.5.bin", "v1.5.index"}
+    for name in ("v1.5", "v1.5.bin", "v1.5.index"):
+        assert dataset.open_dataset(tmp_path / name).digest == opened.digest
+
+
+def test_blocks_of_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "BLOCK_TOKENS", 4)
+    for total in (3, 4, 5, 8, 13):
+        opened = write(tmp_path / "blocks", [list(range(total - 1))])
+        dataset.verify(opened)
+        raw = bytearray((tmp_path / "blocks.bin").read_bytes())
+        raw[-1] ^= 1
+        (tmp_path / "blocks.bin").write_bytes(raw)
+        with pytest.raises(DataError, match=f"damaged in block {(total - 1) // 4} "):
+            dataset.verify(dataset.open_dataset(tmp_path / "blocks"))
+
+
+@given(data=st.data(), suffix=st.sampled_from([".bin", ".index"]))
+@settings(max_examples=60)
+def test_damage_is_found(folder: Path, data: st.DataObject, suffix: str) -> None:
+    write(folder / "damaged", [[5, 6], [7]])
+    path = folder / f"damaged{suffix}"
+    raw = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(raw) - 1))
+    how = data.draw(st.sampled_from(["flipped", "cut", "longer"]))
+    if how == "flipped":
+        raw[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(raw[:place] if how == "cut" else raw + b"\0" * place + b"\0" if how == "longer" else raw)
+    if how != "flipped" or (suffix == ".index" and place < dataset.HEADER_BYTES):
+        with pytest.raises(DataError):
+            dataset.open_dataset(folder / "damaged")
+    else:
+        with pytest.raises(DataError):
+            dataset.verify(dataset.open_dataset(folder / "damaged"))
+
+
+def test_files_of_another_pair_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[5, 6]])
+    write(tmp_path / "b", [[5, 7]])
+    write(tmp_path / "c", [[5]])
+    (tmp_path / "c.bin").replace(tmp_path / "a.bin")
+    with pytest.raises(DataError, match="another pair"):
+        dataset.open_dataset(tmp_path / "a")
+    (tmp_path / "b.bin").replace(tmp_path / "a.bin")
+    with pytest.raises(DataError, match="block 0"):
+        dataset.verify(dataset.open_dataset(tmp_path / "a"))
+    with pytest.raises(DataError, match=r"b\.bin is missing"):
+        dataset.open_dataset(tmp_path / "b")
+    (tmp_path / "a.index").write_text("an index of another kind", encoding="utf-8")
+    with pytest.raises(DataError, match="no dataset index"):
+        dataset.open_dataset(tmp_path / "a")
+
+
+@pytest.mark.parametrize("document", [[VOCABULARY], [-1], [[1, 2]], [1.5]])
+def test_a_writer_that_fails_leaves_the_older_pair(tmp_path: Path, document: list[Any]) -> None:
+    before = write(tmp_path / "kept", [[5]]).digest
+    with pytest.raises(DataError, match=r"outside the vocabulary|row of integers"):
+        write(tmp_path / "kept", [[6], document])
+    with pytest.raises(DataError, match="at least one document"):
+        write(tmp_path / "kept", [])
+    assert dataset.open_dataset(tmp_path / "kept").digest == before
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.bin", "kept.index"}
+    assert write(tmp_path / "kept", [[6]]).digest != before
+
+
+# Views ------------------------------------------------------------------------------------------------------------
+
+
+def contents(view: View) -> NDArray[np.int32]:
+    return dataset.read(view, 0, len(view))
+
+
+@given(data=NUMBERED, fraction=FRACTION, seed=SEED)
+def test_the_two_views_cover_every_token_once(data: Dataset, fraction: float, seed: int) -> None:
+    train, validation = dataset.split(data, fraction, seed)
+    both = np.concatenate([contents(train), contents(validation)])
+    assert np.array_equal(np.sort(both), data.tokens)
+    assert len(train) == int(len(both) * (1 - fraction))
+
+
+@given(data=NUMBERED, fraction=FRACTION, seed=SEED)
+def test_all_documents_but_one_stay_whole(data: Dataset, fraction: float, seed: int) -> None:
+    train, validation = dataset.split(data, fraction, seed)
+    both = np.concatenate([contents(train), contents(validation)])
+    breaks = np.flatnonzero(np.diff(both) != 1) + 1  # each of them, and the border, is where a document starts
+    assert set(both[breaks]) <= set(data.offsets.tolist())
+    assert len(train.ends) + len(validation.ends) - data.documents in (0, 1)
+    again, _ = dataset.split(data, fraction, seed)
+    assert np.array_equal(contents(train), contents(again))
+
+
+def test_one_document_is_cut_and_many_are_shuffled() -> None:
+    train, validation = dataset.split(numbered([1000]), 0.1, 0)
+    assert np.array_equal(contents(train), np.arange(900))
+    assert np.array_equal(contents(validation), np.arange(900, 1000))
+    orders = {tuple(contents(dataset.split(numbered([1] * 20), 0.5, seed)[0])) for seed in range(5)}
+    assert len(orders) == 5
+
+
+@given(data=NUMBERED)
+def test_the_plain_view_is_the_file(data: Dataset) -> None:
+    assert np.array_equal(contents(dataset.view(data)), data.tokens)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 7.0, float("nan")])
+def test_a_fraction_that_leaves_nothing_is_refused(fraction: float) -> None:
+    with pytest.raises(UsageError, match="val_fraction"):
+        dataset.split(numbered([10]), fraction, 0)
+
+
+# Order and batches --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def views(draw: st.DrawFn) -> tuple[View, int]:
+    """A view that is long enough for the block size that comes with it."""
+    data = draw(NUMBERED)
+    view = draw(st.sampled_from([dataset.view(data), *dataset.split(data, draw(FRACTION), draw(SEED))]))
+    if len(view) < 2:
+        view = dataset.view(numbered([draw(st.integers(2, 40))]))
+    return view, draw(st.integers(1, len(view) - 1))
+
+
+@given(case=views(), seed=SEED, epoch=st.integers(0, 5000))
+def test_an_epoch_visits_every_window_once(case: tuple[View, int], seed: int, epoch: int) -> None:
+    view, block_size = case
+    starts = np.sort(dataset.order(view, block_size, seed, epoch))
+    assert 0 <= starts[0] < block_size
+    assert np.array_equal(starts, starts[0] + block_size * np.arange(len(starts)))
+    assert starts[-1] + block_size < len(view)  # the last target exists
+    assert len(view) - len(starts) * block_size < 2 * block_size + 1  # and hardly anything is left over
+
+
+@given(case=views(), seed=SEED, batch_size=st.integers(1, 5), step=st.integers(0, 50))
+def test_a_batch_is_pure_and_two_are_one_of_twice_the_size(
+    case: tuple[View, int], seed: int, batch_size: int, step: int
+) -> None:
+    view, block_size = case
+    double = dataset.batch(view, step, 2 * batch_size, block_size, seed)
+    dataset._orders.cache_clear()
+    halves = [dataset.batch(view, 2 * step + half, batch_size, block_size, seed) for half in (0, 1)]
+    for name, whole in double.items():
+        assert whole.shape == (2 * batch_size, block_size)
+        assert whole.flags.c_contiguous
+        assert np.array_equal(whole, np.concatenate([half[name] for half in halves]))
+
+
+@given(case=views(), seed=SEED, step=st.integers(0, 50))
+def test_targets_are_the_next_tokens_of_the_view(case: tuple[View, int], seed: int, step: int) -> None:
+    view, block_size = case
+    batch, all_tokens = dataset.batch(view, step, 3, block_size, seed), contents(view)
+    place = {token: i for i, token in enumerate(all_tokens.tolist())}
+    for tokens, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist()):
+        start = place[tokens[0]]
+        assert [*tokens, targets[-1]] == all_tokens[start : start + block_size + 1].tolist()
+        assert targets[:-1] == tokens[1:]
+
+
+@given(case=views(), seed=SEED)
+def test_document_numbers_change_where_documents_start(case: tuple[View, int], seed: int) -> None:
+    view, block_size = case
+    batch = dataset.batch(view, 0, 3, block_size, seed)
+    assert batch["documents"].dtype == np.int32
+    changed = np.diff(batch["documents"], axis=1) != 0
+    known = [*view.dataset.offsets.tolist(), int(contents(view)[0])]
+    assert np.array_equal(changed, np.isin(batch["tokens"][:, 1:], known))
+
+
+def test_epochs_differ_and_seeds_differ() -> None:
+    view = dataset.view(numbered([1000]))
+    orders = {tuple(dataset.order(view, 10, seed, epoch)) for seed in range(3) for epoch in range(30)}
+    assert len(orders) == 90
+    assert len({int(dataset.order(view, 10, 0, epoch).min()) for epoch in range(100)}) == 10  # every shift occurs
+
+
+@given(length=st.integers(1, 10), fraction=FRACTION, missing=st.integers(0, 10))
+def test_a_view_without_a_window_is_refused(length: int, fraction: float, missing: int) -> None:
+    view = dataset.split(numbered([length]), fraction, 0)[0]
+    block_size = max(1, len(view) + missing)
+    with pytest.raises(DataError, match=f"{len(view)} tokens are too few .* needs {block_size + 1}"):
+        dataset.batch(view, 0, 1, block_size, 0)
+    with pytest.raises(UsageError, match="block_size is 0"):
+        dataset.batch(view, 0, 1, 0, 0)
+
+
+# Validation -------------------------------------------------------------------------------------------------------
+
+
+@given(case=views(), batch_size=st.integers(1, 4))
+def test_windows_predict_every_token_but_the_first_once(case: tuple[View, int], batch_size: int) -> None:
+    view, block_size = case
+    batches = list(dataset.windows(view, block_size, batch_size))
+    assert {batch[name].shape for batch in batches for name in batch} == {(batch_size, block_size)}
+    targets = np.concatenate([batch["targets"].ravel() for batch in batches])
+    assert np.array_equal(targets[targets != dataset.IGNORED], contents(view)[1:])
+    tokens = np.concatenate([batch["tokens"].ravel() for batch in batches])
+    assert np.array_equal(tokens[: len(view) - 1], contents(view)[:-1])
+
+
+@given(case=views())
+def test_predicted_bytes_are_those_of_the_targets(case: tuple[View, int]) -> None:
+    view, block_size = case
+    lengths = (np.arange(view.dataset.vocab_size, dtype=np.int32) * 7) % 5
+    targets = np.concatenate([batch["targets"].ravel() for batch in dataset.windows(view, block_size)])
+    assert dataset.predicted_bytes(view, lengths) == lengths[targets[targets != dataset.IGNORED]].sum()
+
+
+def test_nothing_to_predict_is_refused() -> None:
+    with pytest.raises(DataError, match="1 tokens hold nothing to predict"):
+        next(dataset.windows(dataset.view(numbered([1])), 8))
+
+
+# From text to a dataset ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_tokenizer(dataset.__file__, vocab_size=400)
+
+
+def test_prepare_writes_the_documents(bpe: Tokenizer, tmp_path: Path) -> None:
+    texts = ["def f():\n\treturn '\u2581'\r\n", "é\n" * 50, "\0"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""])
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    summary = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out/a", bpe)
+    opened = dataset.open_dataset(tmp_path / "out/a", bpe)
+    assert [bpe.decode(opened.document(i)) for i in range(opened.documents)] == texts
+    assert (summary.documents, summary.tokens) == (3, len(opened.tokens))
+    assert summary.bytes == sum(len(text.encode()) for text in texts)
+    assert summary.bytes == dataset.predicted_bytes(dataset.view(opened), bpe.byte_lengths)
+
+
+def test_a_dataset_is_made_again_when_anything_changed(bpe: Tokenizer, tmp_path: Path) -> None:
+    text, out = tmp_path / "a.txt", tmp_path / "out"
+    text.write_text("some text", encoding="utf-8")
+    first = prepare(str(text), out, bpe)
+    second = prepare(str(text), out, bpe)
+    assert (first.reused, second.reused, second.tokens) == (False, True, first.tokens)
+    assert not prepare(str(text), out, bpe, reuse=False).reused
+    text.write_text("another text", encoding="utf-8")
+    assert not prepare(str(text), out, bpe).reused
+    assert prepare(str(text), out, bpe).reused
+    other = tokenizer.train([Path(dataset.__file__).read_text(encoding="utf-8")], vocab_size=420)
+    with pytest.raises(DataError, match="another tokenizer"):
+        dataset.open_dataset(out, other)
+    assert not prepare(str(text), out, other).reused
+    (tmp_path / "out.bin").write_bytes(b"")
+    assert not prepare(str(text), out, other).reused
+    dataset.verify(dataset.open_dataset(out, other))
+
+
+def test_prepare_that_fails_leaves_nothing(bpe: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        prepare(str(tmp_path / "a.txt"), tmp_path / "out/a", bpe)
+    assert not list((tmp_path / "out").iterdir())
