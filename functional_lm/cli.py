@@ -24,7 +24,7 @@ from typing import Any
 
 from functional_lm.errors import FunctionalLMError, UsageError
 from functional_lm.flags import Flag, describe, nearest, parse
-from functional_lm.options import REQUIRED
+from functional_lm.options import REQUIRED, limits
 
 WIDTH = 100
 COMMON = "Every command"
@@ -89,7 +89,10 @@ def flags_of(command: Command) -> list[Flag]:
 
 
 def main(commands: Sequence[Command], argv: Sequence[str] | None = None, prog: str = "python -m functional_lm") -> int:
-    """Run the command that the first word names; the exit code (0, 1, 2, 130 when interrupted) is returned."""
+    """Run the command that the first word names; returns the exit code.
+
+    0; 1 for what went wrong on the way; 2 for a wrong call; 130 when interrupted; 141 when the reader has gone.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     verbs = {command.name: command for command in commands}
     verb = argv[0].replace("_", "-") if argv else "--help"
@@ -171,10 +174,11 @@ def _report(error: BaseException, debug: bool) -> int:
     elif isinstance(error, FunctionalLMError):
         line, code = f"error: {error}", error.exit_code
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
-        line, code = f"error: {os.fsdecode(error.filename)}: {error.strerror}", 1
+        line, code = f"error: {error.filename}: {error.strerror}", 1
     else:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         hint = "" if debug else " (run again with --debug for the traceback)"
-        line, code = f"error: {type(error).__name__}: {error}{hint}", 1
+        line, code = f"error: {reason}{hint}", 1
     print(" ".join(line.splitlines()), file=sys.stderr)
     return code
 
@@ -245,7 +249,7 @@ def _type(flag: Flag) -> str:
 def _meaning(flag: Flag) -> str:
     """The help of a flag with its limits and other spellings."""
     also = ", ".join(f"--{spelling}" for spelling in flag.spellings[1:])
-    notes = "; ".join(note for note in (flag.limits, f"also {also}" if also else "") if note)
+    notes = "; ".join(note for note in (limits(flag.about), f"also {also}" if also else "") if note)
     return " ".join(f"{flag.about.get('help', '')} {f'({notes})' if notes else ''}".split())
 
 
@@ -259,7 +263,7 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
 def _wrap(text: str, width: int, indent: str = "") -> list[str]:
     """Lines that end at a space, after `|` or `,` (lists of choices have no spaces), or inside an overlong word."""
     lines = [""]
-    for piece in re.findall(rf"[^|,\s]{{1,{width - 6}}}[|,\s]*|[|,\s]+", text):
+    for piece in re.findall(rf"[^|,\s]{{1,{max(1, width - len(indent) - 1)}}}[|,]?\s*|[|,]\s*|\s+", text):
         if len((lines[-1] + piece).rstrip()) > width:
             lines.append(indent)
         lines[-1] += piece

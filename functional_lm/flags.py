@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from functional_lm.errors import UsageError
-from functional_lm.options import REQUIRED
+from functional_lm.options import REQUIRED, refusal
 
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 PLURALS = {bool: "words true or false", int: "whole numbers", float: "numbers", str: "texts"}
@@ -58,15 +58,6 @@ class Flag:
         return (NOUNS[self.kind] if self.count is None else f"{many} separated by commas") + (
             ", or none" if self.optional else ""
         )
-
-    @property
-    def limits(self) -> str:
-        """The range in words, "" without one."""
-        low, high, above, below = (self.about.get(name) for name in ("low", "high", "above", "below"))
-        if low is not None and high is not None:
-            return f"between {low} and {high}"
-        bounds = (("at least", low), ("above", above), ("at most", high), ("below", below))
-        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
 
 # Fields to flags --------------------------------------------------------------------------------------------------
@@ -217,18 +208,9 @@ def _scalar(flag: Flag, text: str) -> Any:
             raise UsageError(f"--{flag.name} is {shown}; it is {flag.noun}")
     elif flag.kind is not str:
         value = _number(flag, text, shown)
-    choices = flag.about.get("choices", (value,))
-    if value not in choices:
-        none = ", none" if flag.optional else ""
-        raise UsageError(f"--{flag.name} is {shown}; it can be {', '.join(map(str, choices))}{none}")
-    low, high, above, below = (flag.about.get(name) for name in ("low", "high", "above", "below"))
-    if (
-        (low is not None and value < low)
-        or (high is not None and value > high)
-        or (above is not None and value <= above)
-        or (below is not None and value >= below)
-    ):
-        raise UsageError(f"--{flag.name} is {shown}; it has to be {flag.limits}")
+    if reason := refusal(value, flag.about):
+        none = ", none" if flag.optional and "choices" in flag.about else ""
+        raise UsageError(f"--{flag.name} is {shown}; {reason}{none}")
     return value
 
 

@@ -10,6 +10,8 @@ from functional_lm import console
 from functional_lm.cli import Command, main_single
 from functional_lm.options import REQUIRED, option
 
+DTYPES = ("auto", "float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class GenerateFlags:
@@ -23,7 +25,7 @@ class GenerateFlags:
     top_p: float = option(1.0, "draw from the likeliest tokens that hold this mass", above=0, high=1, group="Sampling")
     seed: int = option(0, "seed of the draws", low=0, group="Sampling")
     stream: bool = option(True, "print as it is written")
-    dtype: str = option("auto", "precision of weights and cache", choices=("auto", "float32", "bfloat16"), group="Machine")
+    dtype: str = option("auto", "precision of weights and cache", choices=DTYPES, group="Machine")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), group="Machine")
     compile: bool = option(True, "compile prefill and decoding (eager where no C++ compiler is found)", group="Machine")
 

@@ -174,18 +174,19 @@ def _(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     return like, torch.empty_like(like)
 
 
-@_encrypt_compiled.register_vmap
-def _(
-    info: Any, in_dims: tuple[int | None, ...], *words: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    rank = max(word.dim() - (dim is not None) for word, dim in zip(words, in_dims))
-    aligned = [
-        word
-        if dim is None
-        else (moved := word.movedim(dim, 0)).reshape(moved.shape[:1] + (1,) * (rank + 1 - word.dim()) + moved.shape[1:])
-        for word, dim in zip(words, in_dims)
-    ]
-    return _encrypt_compiled(*aligned), (0, 0)
+def _vmap_elementwise(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Any, Any]:
+    """vmap's rule of an elementwise operator: mapped axes to the front, and ranks made equal behind them."""
+    rank = max(x.dim() - (dim is not None) for x, dim in zip(args, in_dims))
+    aligned = list(args)
+    for i, dim in enumerate(in_dims):
+        if dim is not None:
+            x = args[i].movedim(dim, 0)
+            aligned[i] = x.reshape(x.shape[:1] + (1,) * (rank + 1 - x.dim()) + x.shape[1:])
+    result = op(*aligned)
+    return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+
+
+_encrypt_compiled.register_vmap(functools.partial(_vmap_elementwise, _encrypt_compiled))
 
 
 @functools.cache
@@ -218,7 +219,8 @@ def uniform(
     """Uniform draws from [low, high): low + (high - low) * k / 2**b, rounded once, for a random b-bit integer k.
 
     b is 23, 52, 10 and 7 for float32, float64, float16 and bfloat16: a bfloat16 draw has 128 values. Where the range
-    is narrow against |low|, rounding can return `high` itself, as in JAX. Differentiable with respect to low and high.
+    is narrow against |low|, rounding can return `high` itself, as in JAX. No gradients pass
+    through low and high: scale a draw from [0, 1) where they must.
     """
     _, kept = _fraction(dtype)
     if not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) == (0, 1):
@@ -314,17 +316,25 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
 def _scale(mantissa: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """low + (high - low) * mantissa / 2**b in one rounding, the value of a fused multiply-add.
 
-    torch has no such function, compilers fuse where they like, and JAX's compiled uniform is fused: so the value is
-    pinned down by Boldo and Melquiond's emulation (IEEE Transactions on Computers 57, 2008) with every product exact,
-    which makes it the same whether or not a compiler fuses. Both factors are cut in halves for that.
+    torch has no such function, compilers fuse where they like, and JAX's compiled uniform is fused. Here every product
+    is exact, so that fusing it changes nothing and the value is the same everywhere.
     """
+    if low.dtype == torch.float32 and low.device.type != "mps":  # which has no float64
+        product = (mantissa.double() * 2.0**-23) * (high - low).double()
+        return _round_to_odd(product, low.double()).float().maximum(low)
+    return (_scale_compiled if torch.compiler.is_compiling() else _scale_in_halves)(mantissa, low, high)
+
+
+def _scale_in_halves(mantissa: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`_scale` within one dtype, by Boldo and Melquiond's emulation (IEEE Transactions on Computers 57, 2008)."""
     _, kept = _fraction(low.dtype)
-    span = high - low
-    span_high = _cut(span, (kept + 1) // 2)
-    span_low = span - span_high
     half = kept // 2
     part_high = (mantissa >> half).to(low.dtype) * 2.0 ** (half - kept)
     part_low = (mantissa & (2**half - 1)).to(low.dtype) * 2.0**-kept
+    span = high - low
+    word = span.view(_integer(span.dtype))
+    span_high = (word & -(1 << (kept + 1) // 2)).view(span.dtype)
+    span_low = span - span_high
     cross, cross_rest = _two_sum(part_high * span_low, part_low * span_high)
     product, rest = _two_sum(part_high * span_high, cross)
     product, rest = _two_sum(product, rest + (part_low * span_low + cross_rest))
@@ -333,9 +343,19 @@ def _scale(mantissa: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.maximum(total + _round_to_odd(tail_rest, total_rest), low)
 
 
-def _cut(x: Tensor, count: int) -> Tensor:
-    """x with the last `count` bits of its mantissa zero."""
-    return (x.view(_integer(x.dtype)) & -(1 << count)).view(x.dtype)
+# Expanded by Inductor it would take ten seconds to compile.
+_scale_compiled = torch.library.custom_op(
+    "functional_lm::scale",
+    _scale_in_halves,
+    mutates_args=(),
+    schema="(Tensor mantissa, Tensor low, Tensor high) -> Tensor",
+)
+_scale_compiled.register_vmap(functools.partial(_vmap_elementwise, _scale_compiled))
+
+
+@_scale_compiled.register_fake
+def _(mantissa: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return low.new_empty(torch.broadcast_shapes(mantissa.shape, low.shape, high.shape))
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -418,7 +438,10 @@ def truncated_normal(
     work = torch.float64 if dtype == torch.float64 else torch.float32
     low, high = _scalar(low, work, key.device), _scalar(high, work, key.device)
     edge_low, edge_high = torch.erf(low / math.sqrt(2)), torch.erf(high / math.sqrt(2))
-    inside = torch.nextafter(low, torch.full_like(low, math.inf)), torch.nextafter(high, -torch.full_like(high, math.inf))
+    inside = (
+        torch.nextafter(low, torch.full_like(low, math.inf)),
+        torch.nextafter(high, -torch.full_like(high, math.inf)),
+    )
 
     def finish(word0: Tensor, word1: Tensor) -> Tensor:
         u = _scale(_mantissa(word0, word1, work), edge_low, edge_high)

@@ -1,13 +1,17 @@
-"""How a dataclass field tells its meaning and its limits: the one place that flags, help and the README's table read.
+"""How a dataclass field tells its meaning and its limits: the one place that flags, help, files and the README read.
 
-Imports no more than dataclasses, so that every module, torch or not, can describe its settings with it.
+Imports no torch, so that every module can describe its settings with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+from functional_lm.errors import UsageError
 
 REQUIRED: Any = MISSING
 
@@ -43,3 +47,45 @@ def option(
         "metavar": metavar,
     }
     return field(default=default, metadata={name: value for name, value in about.items() if value not in (None, ())})
+
+
+def limits(about: Mapping[str, Any]) -> str:
+    """The range of a field in words, "" without one."""
+    low, high, above, below = (about.get(name) for name in ("low", "high", "above", "below"))
+    if low is not None and high is not None:
+        return f"between {low} and {high}"
+    bounds = (("at least", low), ("above", above), ("at most", high), ("below", below))
+    return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+
+
+def refusal(value: Any, about: Mapping[str, Any]) -> str | None:
+    """What a value (of the right type) should be instead, None if it may stand."""
+    if value not in about.get("choices", (value,)):
+        return f"it can be {', '.join(map(str, about['choices']))}"
+    low, high, above, below = (about.get(name) for name in ("low", "high", "above", "below"))
+    outside = (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+        or (below is not None and value >= below)
+    )
+    return f"it has to be {limits(about)}" if outside else None
+
+
+NOUNS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+
+
+def check(settings: Any) -> None:
+    """Hold every field of a dataclass against its type, choices and limits. Raises UsageError naming the field."""
+    hints = get_type_hints(type(settings))
+    for about in dataclasses.fields(settings):
+        value, kind = getattr(settings, about.name), hints[about.name]
+        if kind not in NOUNS:  # tuples and optional values are checked by who reads them
+            assert get_args(kind), f"{about.name} has a type that no file or flag can give"
+            continue
+        accepted = (int, float) if kind is float else kind
+        right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+        if not right or (kind is float and not math.isfinite(value)):
+            raise UsageError(f"{about.name} is {value!r}; it has to be {NOUNS[kind]}")
+        if reason := refusal(value, about.metadata):
+            raise UsageError(f"{about.name} is {value!r}; {reason}")

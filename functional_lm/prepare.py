@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from functional_lm import console
 from functional_lm.cli import Command
 from functional_lm.options import REQUIRED, option
+
+if TYPE_CHECKING:
+    from functional_lm.text.prepare import Summary
 
 SOURCES = "files, folders, globs, .jsonl, or stdlib; several with commas"
 KINDS = ("bpe",)
@@ -51,7 +55,7 @@ def run_prepare(options: PrepareFlags) -> int:
     return 0
 
 
-def describe(made: prepare.Summary) -> str:
+def describe(made: Summary) -> str:
     return (
         f"{console.count(made.bytes)} bytes in {console.count(made.documents)} documents are "
         f"{console.count(made.tokens)} tokens of {made.bytes / made.tokens:.2f} bytes"

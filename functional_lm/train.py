@@ -1,6 +1,6 @@
 """`python -m functional_lm.train`: from raw text to a trained model that writes.
 
-Parse, wire, print; the mathematics is in `model/` and `training/`. torch is imported when work begins, not for `--help`.
+Parse, wire, print; the mathematics is in `model/` and `training/`. torch is imported when the work begins.
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ def _train(
         outcome = loop.run(state, functions, plan, hooks)
         if outcome.interrupted:
             console.say(f"stopped; the same command goes on from {checkpoints.listing(out / 'checkpoints')[-1]}")
-            return 130
+            raise KeyboardInterrupt  # the exit code of a stopped run, 130
         return _finish(options, config, tokenizer, text, out, outcome, measure, recorder, started)
 
 
@@ -404,7 +404,7 @@ def _finish(
     likelihood = measure(params, None)
     if likelihood.tokens:
         recorder.metrics(options.steps, {"val_loss": likelihood.loss})
-    summary = {
+    summary: dict[str, Any] = {
         "val_loss": likelihood.loss,
         "val_bits_per_byte": likelihood.bits_per_byte(text.validation_bytes),
         "val_tokens": likelihood.tokens,

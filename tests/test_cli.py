@@ -318,6 +318,7 @@ DEBUG_HINT = "(run again with --debug for the traceback)"
         (UsageError("no such preset"), 2, "error: no such preset"),
         (DataError("the file is damaged"), 1, "error: the file is damaged"),
         (FileNotFoundError(2, "No such file or directory", "x.txt"), 1, "error: x.txt: No such file or directory"),
+        (OSError(28, "No space left on device"), 1, f"error: No space left on device {DEBUG_HINT}"),
         (OSError("odd"), 1, f"error: OSError: odd {DEBUG_HINT}"),
         (ValueError("two\nlines"), 1, f"error: ValueError: two lines {DEBUG_HINT}"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -342,6 +343,17 @@ def test_an_error_while_running_is_one_line(
     assert main_single(command, ["--debug"]) == code
     err = capfd.readouterr().err
     assert line is None or ("Traceback (most recent call last)" in err and "in fails" in err)
+
+
+@pytest.mark.parametrize(("default", "shown"), [(1, "1"), ("", "''"), ("runs/" + "deep/" * 9, "runs/deep/deep")])
+def test_help_shows_a_default_of_any_length(default: Any, shown: str) -> None:
+    @dataclass(frozen=True)
+    class One:
+        a: str = option(default, "letter")
+
+    text = help_text(Command("x", "Do x.", One, record), "x")
+    assert f"  --a TEXT            {shown}" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_options_may_refuse_combinations(capsys: pytest.CaptureFixture[str]) -> None:
@@ -417,12 +429,11 @@ def test_help_and_table_name_every_flag_with_its_default_and_meaning(command: Co
             assert flag.about.get("help", "").replace("|", "\\|") in rows[0]
 
 
-@given(st.text(st.sampled_from("ab|, ")), st.integers(13, 40))
+@given(st.text(st.sampled_from("abc|, ")), st.integers(6, 20))
 def test_wrapping_loses_no_word(text: str, width: int) -> None:
     lines = _wrap(text, width, "    ")
     assert "".join("".join(lines).split()) == "".join(text.split())
-    if not any(mark * 2 in text.replace(" ", "") for mark in "|,") and ",|" not in text and "|," not in text:
-        assert max(map(len, lines)) <= width
+    assert max(map(len, lines)) <= width
 
 
 def test_help_in_full() -> None:

@@ -11,11 +11,12 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from functional_lm.errors import DataError, UsageError
+from functional_lm.options import check, option
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "feed_forward": ("swiglu", "gelu", "relu", "relu2"),
@@ -27,49 +28,51 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def option(default: Any, meaning: str) -> Any:
-    """A field with the one-line meaning that `--help` and the README's table print."""
-    return field(default=default, metadata={"help": meaning})
-
-
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture. Widths left at 0 are derived: `n_kv_heads` = `n_heads`, `head_dim` = D/H, `d_ff` = 8/3 D or 4 D."""
+    """The architecture. Widths left at 0 are derived: `n_kv_heads` = `n_heads`, `head_dim` = D/H, `d_ff` from D."""
 
-    vocab_size: int = option(32000, "tokens in the vocabulary (V)")
-    d_model: int = option(256, "model width (D)")
-    n_layers: int = option(6, "transformer blocks (L)")
-    n_heads: int = option(8, "query heads (H)")
-    n_kv_heads: int = option(0, "key/value heads (K), a divisor of n_heads; 0: as many as n_heads")
-    head_dim: int = option(0, "width of a head (E); 0: d_model / n_heads")
-    d_ff: int = option(0, "feed-forward width (F); 0: 8/3 d_model for swiglu, 4 d_model otherwise")
-    max_len: int = option(256, "longest sequence the model is made for, tokens")
-    dropout: float = option(0.0, "probability of dropping an activation while training")
-    positions: str = option("rope", "rope | sinusoidal | learned | none")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies")
-    rotary_fraction: float = option(1.0, "share of each head that is rotated")
+    vocab_size: int = option(32000, "tokens in the vocabulary (V)", low=1)
+    d_model: int = option(256, "model width (D)", low=1)
+    n_layers: int = option(6, "transformer blocks (L)", low=1)
+    n_heads: int = option(8, "query heads (H)", low=1)
+    n_kv_heads: int = option(0, "key/value heads (K), a divisor of n_heads; 0: as many as n_heads", low=0)
+    head_dim: int = option(0, "width of a head (E); 0: d_model / n_heads", low=0)
+    d_ff: int = option(0, "feed-forward width (F); 0: 8/3 d_model for swiglu, 4 d_model otherwise", low=0)
+    max_len: int = option(256, "longest sequence the model is made for, tokens", low=1)
+    dropout: float = option(0.0, "probability of dropping an activation while training", low=0, below=1)
+    positions: str = option("rope", "how tokens know their place", choices=CHOICES["positions"])
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0)
+    rotary_fraction: float = option(1.0, "share of each head that is rotated", above=0, high=1)
     rope_scaling: tuple[float, float, float, float] | None = option(
         None, "Llama-3 scaling: factor,low_freq_factor,high_freq_factor,original_max_len"
     )
-    norm: str = option("rmsnorm", "rmsnorm | layernorm")
-    norm_placement: str = option("pre", "pre: normalise a block's input; post: the sum after it")
-    norm_eps: float = option(1e-5, "added to the variance in a norm")
-    feed_forward: str = option("swiglu", "swiglu | gelu | relu | relu2")
-    bias: str = option("none", "none | qkv | all: which projections have a bias")
+    norm: str = option("rmsnorm", "kind of normalisation", choices=CHOICES["norm"])
+    norm_placement: str = option(
+        "pre", "pre: normalise a block's input; post: the sum after it", choices=CHOICES["norm_placement"]
+    )
+    norm_eps: float = option(1e-5, "added to the variance in a norm", above=0)
+    feed_forward: str = option("swiglu", "activation of the feed-forward part", choices=CHOICES["feed_forward"])
+    bias: str = option("none", "which projections have a bias", choices=CHOICES["bias"])
     qk_norm: bool = option(False, "RMSNorm on each query and key head")
-    attention: str = option("auto", "standard (vmaps, differentiates twice) | flash (fused kernel) | auto (by device)")
-    sliding_window: int = option(0, "how many tokens back a token attends; 0: all")
+    attention: str = option(
+        "auto",
+        "standard vmaps and differentiates twice, flash is the fused kernel, auto goes by device",
+        choices=CHOICES["attention"],
+    )
+    sliding_window: int = option(0, "how many tokens back a token attends; 0: all", low=0)
     parallel_residual: bool = option(False, "attention and feed-forward both read the block's input")
-    logit_softcap: float = option(0.0, "logits become c tanh(logits / c); 0: off")
+    logit_softcap: float = option(0.0, "logits become c tanh(logits / c); 0: off", low=0)
     tie_embeddings: bool = option(True, "one matrix for embedding and output")
     checkpoint_activations: bool = option(False, "recompute each layer in the backward pass to save memory")
-    initializer_range: float = option(0.02, "standard deviation of the initial weights")
+    initializer_range: float = option(0.02, "standard deviation of the initial weights", above=0)
 
     def __post_init__(self) -> None:
         derive = object.__setattr__
+        check(self)
         if not self.n_kv_heads:
             derive(self, "n_kv_heads", self.n_heads)
-        if not self.head_dim and self.n_heads > 0:
+        if not self.head_dim:
             if self.d_model % self.n_heads:
                 raise UsageError(
                     f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; change one or give head_dim"
@@ -83,33 +86,19 @@ class ModelConfig:
         self._check()
 
     def _check(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_len"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it has to be at least 1")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it can be {', '.join(choices)}")
+        """What the limits of the single fields do not say."""
         if self.n_heads % self.n_kv_heads:
             raise UsageError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout is {self.dropout}; it lies in [0, 1)")
-        if not 0 < self.rotary_fraction <= 1 or (self.positions == "rope" and self.rotary_width < 2):
+        if self.positions == "rope" and self.rotary_width < 2:
             raise UsageError(
-                f"rotary_fraction is {self.rotary_fraction}; it has to leave an even number of at least 2 of the "
-                f"{self.head_dim} head dimensions"
+                f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} is less than one pair; raise one"
             )
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise UsageError(f"d_model {self.d_model} is odd; sinusoidal positions need an even width")
         if self.parallel_residual and self.norm_placement == "post":
-            raise UsageError("parallel_residual goes with norm_placement pre")
-        for name in ("norm_eps", "initializer_range", "rope_theta"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise UsageError(f"{name} is {getattr(self, name)}; it has to be positive and finite")
-        for name in ("sliding_window", "logit_softcap"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"{name} is {getattr(self, name)}; it is 0 (off) or positive")
+            raise UsageError("parallel_residual goes with norm_placement pre, not post")
         if self.rope_scaling is not None and (len(self.rope_scaling) != 4 or min(self.rope_scaling) <= 0):
-            raise UsageError(f"rope_scaling is {self.rope_scaling}; it is four positive numbers")
+            raise UsageError(f"rope_scaling is {self.rope_scaling}; it has to be four positive numbers")
 
     @property
     def rotary_width(self) -> int:

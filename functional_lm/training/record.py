@@ -1,4 +1,4 @@
-"""What a run leaves behind for its readers: `metrics.jsonl`, TensorBoard, `training.log`, `loss.png`, `summary.json`."""
+"""What a run leaves behind for its readers: `metrics.jsonl`, TensorBoard, `training.log`, `loss.png`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,174 @@
+"""Training speed against nanoGPT, both compiled, in turn in one run.
+
+    python experiments/benchmark_training.py --nanogpt PATH_OF_A_CHECKOUT [--shapes s,m,x] [--rounds 3]
+
+The same shapes and nearly the same parameter counts (two-matrix GELU, tied embeddings; nanoGPT's learned positions are
+its own). Each side runs in a process of its own, with its own defaults: nanoGPT with torch.compile in float32, its CPU
+path; this project's whole step (gradients, clipping, AdamW) as one donated graph with a bfloat16 compute copy where the
+processor multiplies in it. After a warm-up of the first step (compiling) and five more, the two take turns, and the
+table shows medians. A step that compiles anything after the first ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# name: layers, width, heads, block, batch, vocabulary, steps a round
+SHAPES = {
+    "s": (4, 128, 4, 64, 12, 65, 60),
+    "m": (6, 384, 6, 256, 8, 65, 8),
+    "x": (4, 256, 8, 128, 16, 8192, 12),
+}
+
+
+def ours(shape: str) -> tuple[Callable[[], float], int]:
+    """One step of this project's trainer, and the parameter count."""
+    import torch
+
+    from functional_lm import compile as compiling
+    from functional_lm import keys, tree
+    from functional_lm.model import transformer
+    from functional_lm.model.config import ModelConfig
+    from functional_lm.training import loop, optimizer, schedule, step
+
+    layers, width, heads, block, batch, vocabulary, _ = SHAPES[shape]
+    config = ModelConfig(
+        vocab_size=vocabulary, d_model=width, n_layers=layers, n_heads=heads, max_len=block, feed_forward="gelu"
+    )
+    params = transformer.init(config, keys.key(0))
+    dtype = compiling.resolve_dtype("auto", torch.device("cpu"))
+    functions = step.training(config, optimizer.optimizer("adamw"), schedule.schedule("cosine", 2000, 100, 0.1), dtype)
+    state = functions.init(params, keys.key(1))
+    tokens = keys.randint(keys.key(2), (batch, block + 1), 0, vocabulary, torch.int64)
+    data = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+    take = loop.whole_step(functions, lambda number: data, 1, compile=True)
+    compiled: int | None = None
+
+    def once() -> float:
+        nonlocal state, compiled
+        state, report = take(state, 0)
+        if compiled is not None and compiling.graphs() != compiled:
+            raise SystemExit(f"shape {shape}: a step after the first one compiled again")
+        compiled = compiling.graphs()
+        return float(report["loss"])
+
+    return once, tree.size(params)
+
+
+def nanogpt(shape: str, checkout: str) -> tuple[Callable[[], float], int]:
+    """One step as in nanoGPT's train.py: forward, backward, clip, optimizer."""
+    import torch
+
+    sys.path.insert(0, checkout)
+    from model import GPT, GPTConfig
+
+    layers, width, heads, block, batch, vocabulary, _ = SHAPES[shape]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block, vocabulary, layers, heads, width, dropout=0.0, bias=False))
+    count = sum(p.numel() for p in model.parameters())
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    forward = torch.compile(model)
+    tokens = torch.randint(vocabulary, (batch, block + 1))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def once() -> float:
+        _, loss = forward(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return once, count
+
+
+def worker(side: str, shape: str, checkout: str) -> None:
+    """Answer each line on standard input with a round of step times, as JSON."""
+    once, count = ours(shape) if side == "functional_lm" else nanogpt(shape, checkout)
+    start = time.perf_counter()
+    once()
+    first = time.perf_counter() - start
+    for _ in range(5):
+        once()
+    print(json.dumps({"parameters": count, "first": first}), flush=True)
+    for _ in sys.stdin:
+        times = []
+        for _ in range(SHAPES[shape][-1]):
+            start = time.perf_counter()
+            once()
+            times.append(time.perf_counter() - start)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"times": times, "peak_mib": peak}), flush=True)
+
+
+def compare(shape: str, checkout: str, rounds: int) -> dict[str, dict[str, float]]:
+    sides = {}
+    for side in ("functional_lm", "nanogpt"):  # one after the other: compiling takes all cores
+        command = [sys.executable, __file__, "--worker", side, "--shapes", shape, "--nanogpt", checkout]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        sides[side] = process, json.loads(process.stdout.readline())
+    result: dict[str, dict[str, float]] = {side: dict(head) for side, (_, head) in sides.items()}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, (process, _) in sides.items():
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            times[side] += answer["times"]
+            result[side]["peak_mib"] = answer["peak_mib"]
+    for side, (process, _) in sides.items():
+        process.communicate()
+        result[side]["ms"] = 1e3 * statistics.median(times[side])
+    return result
+
+
+def processor() -> str:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", required=True, help="path of a nanoGPT checkout")
+    parser.add_argument("--shapes", default="s,m,x")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return worker(arguments.worker, arguments.shapes, arguments.nanogpt)
+    import torch
+
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(
+        "| shape | layers x width, T, B, V | parameters (nanoGPT) | ms a step (nanoGPT) | tokens/s | ratio | peak MiB (nanoGPT) |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for shape in arguments.shapes.split(","):
+        layers, width, _, block, batch, vocabulary, _ = SHAPES[shape]
+        found = compare(shape, arguments.nanogpt, arguments.rounds)
+        a, b = found["functional_lm"], found["nanogpt"]
+        print(
+            f"| {shape} | {layers} x {width}, {block}, {batch}, {vocabulary} "
+            f"| {a['parameters'] / 1e6:.3f} M ({b['parameters'] / 1e6:.3f} M) | {a['ms']:.1f} ({b['ms']:.1f}) "
+            f"| {batch * block / a['ms'] * 1e3:,.0f} | **{b['ms'] / a['ms']:.2f}** "
+            f"| {a['peak_mib']:.0f} ({b['peak_mib']:.0f}) |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
