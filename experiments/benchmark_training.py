@@ -153,9 +153,8 @@ def main() -> None:
     import torch
 
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(
-        "| shape | layers x width, T, B, V | parameters (nanoGPT) | ms a step (nanoGPT) | tokens/s | ratio | peak MiB (nanoGPT) |"
-    )
+    head = "| shape | layers x width, T, B, V | parameters (nanoGPT) | ms a step (nanoGPT) | tokens/s | ratio |"
+    print(f"{head} peak MiB (nanoGPT) |")
     print("|---|---|---|---|---|---|---|")
     for shape in arguments.shapes.split(","):
         layers, width, _, block, batch, vocabulary, _ = SHAPES[shape]

@@ -25,7 +25,6 @@ _PLACES = {
     "forward": "functional_lm.model.transformer",
     "forward_cached": "functional_lm.model.transformer",
     "loss": "functional_lm.model.transformer",
-    "training": "functional_lm.training.step",
     "compiled": "functional_lm.compile",
 }
 _ROOMS = ("keys", "tree")
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from functional_lm.folder import Model, load, save
     from functional_lm.model.config import ModelConfig, preset
     from functional_lm.model.transformer import forward, forward_cached, init, loss
-    from functional_lm.training.step import training
 
 __all__ = sorted([*_PLACES, *_ROOMS])
 

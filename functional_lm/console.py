@@ -63,8 +63,8 @@ def announced(what: str, quiet: bool = False, file: TextIO | None = None) -> Ite
 
 def count(number: float) -> str:
     """1234567 as `1.23M`."""
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * limit:  # 999500 rounds to 1M
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.0f}"
 

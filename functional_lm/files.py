@@ -87,6 +87,9 @@ def writing_folder(path: str | Path) -> Iterator[Path]:
         remove(old)
     except BaseException:
         remove(temporary)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        remove(old)
         raise
 
 

@@ -4,10 +4,10 @@ A key is an int32 tensor [2], the bits of JAX's uint32[2]. Threefry-2x32 with 20
 random numbers: as easy as 1, 2, 3", SC 2011) encrypts a counter with it, and element i of a draw reads counter i alone
 (JAX's "partitionable" layout). Nothing here has state, so eager, compiled and vmapped calls see the same bits.
 
-- `key`, `split`, `fold_in`, `fold_in_name`, `bits`, `uniform`, `bernoulli`, `randint` and `permutation` are equal bit
-  for bit to jax.random and to each other in every mode. float64 and int64 are what JAX draws with x64 enabled.
+- `key`, `split`, `fold_in`, `bits`, `uniform`, `bernoulli`, `randint` and `permutation` are equal bit for bit to
+  jax.random (jitted, on a CPU) and to themselves in every mode. float64 and int64 are what JAX draws with x64 enabled.
 - `normal`, `truncated_normal`, `gumbel` and `categorical` start from the same bits and pass through log and erf, whose
-  last bits differ between libraries: they agree within a few ulp.
+  last bits differ between libraries, processors and modes: they agree within a few ulp (of 1, where they are small).
 
 A key is used once: draw from it, or derive from it, never both. Batches of keys go through `torch.vmap`. Arguments
 named low, high, p and data are Python numbers or 0-d tensors; a tensor never causes a recompilation.
@@ -25,21 +25,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32, Shaped
+from jaxtyping import Bool, Float, Int, Int32, Integer, Shaped
 from torch import Tensor
 
 from functional_lm.errors import UsageError
 
 Key: TypeAlias = Int32[Tensor, "2"]
+Scalar: TypeAlias = float | int | Float[Tensor, ""]
+Words: TypeAlias = tuple[Tensor, Tensor, Tensor]  # Threefry's two words of each counter, and their exclusive or
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA  # keeps the third word of an all-zero key from being zero
 _WORD = 0xFFFFFFFF
 _SIGN = -0x80000000  # as an xor mask: turns unsigned order into signed order
 
-# Eager mode walks through large draws in blocks: some 130 passes over a block that stays in the processor's cache are
-# several times faster than over one that does not, and the temporaries stay small. A GPU only needs the latter.
-_CPU_BLOCK = 1 << 16
+# Eager mode walks through large draws in blocks: some 130 passes over a block that stays in the processor's cache cost
+# half of what they cost in memory, and the temporaries stay small. A GPU only needs the latter.
+_CPU_BLOCK = 1 << 18
 _DEVICE_BLOCK = 1 << 25
 
 # Where a random word keeps the fraction of a float: dtype -> (bits dropped on the right, bits kept).
@@ -61,11 +63,11 @@ def key(seed: int, device: torch.device | str | None = None) -> Key:
 
 
 def split(key: Key, num: int = 2) -> Int32[Tensor, "num 2"]:
-    """`num` new keys. Row i does not depend on `num`."""
+    """`num` new keys. Row i is `fold_in(key, i)`, whatever `num` is: so split a key or fold into it, never both."""
     return torch.stack(threefry(key, *_counters(0, num, key.device)), dim=-1)
 
 
-def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
+def fold_in(key: Key, data: int | Integer[Tensor, ""]) -> Key:
     """A new key for one datum: a Python int from -2**31 to 2**32 - 1 or a 0-d integer tensor, taken modulo 2**32.
 
     A tensor may be traced (a step counter). For a whole table of keys: `torch.vmap(fold_in, (None, 0))(key, data)`.
@@ -92,19 +94,172 @@ def fold_in_name(key: Key, name: str) -> Key:
 
 def threefry(key: Key, x0: Int32[Tensor, "*n"] | int, x1: Int32[Tensor, "*n"] | int) -> tuple[Tensor, Tensor]:
     """Threefry-2x32-20 of counter words (x0, x1), in wrapping int32 arithmetic; two int32 tensors of their shape."""
-    if not torch.compiler.is_compiling():
-        return _encrypt(key[0], key[1], x0, x1)
-    words = (torch.full_like(key[0], x) if isinstance(x, int) else x for x in (x0, x1))
-    return _encrypt_compiled(key[0], key[1], *words)
+    return _words(key, x0, x1)[:2]
+
+
+# --------------------------------------------------------------------------------------------------- bits and uniforms
 
 
 def bits(key: Key, shape: Sequence[int] = (), dtype: torch.dtype = torch.int32) -> Int[Tensor, "*shape"]:
     """Random words: int32 or int64 tensors that hold the bits of `jax.random.bits` for uint32 or uint64."""
     if dtype == torch.int32:
-        return _draw(key, shape, torch.bitwise_xor)
+        return _draw(key, shape, lambda words: words[2])
     if dtype == torch.int64:
-        return _draw(key, shape, lambda high, low: (high.long() << 32) | (low.long() & _WORD))
+        return _draw(key, shape, lambda words: (words[0].long() << 32) | (words[1].long() & _WORD))
     raise TypeError(f"bits: dtype is {dtype}, not torch.int32 or torch.int64")
+
+
+def uniform(
+    key: Key,
+    shape: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+    low: Scalar = 0.0,
+    high: Scalar = 1.0,
+) -> Float[Tensor, "*shape"]:
+    """Uniform draws from [low, high): low + (high - low) * k / 2**b, rounded once, for a random b-bit integer k.
+
+    b is 23, 52, 10 and 7 for float32, float64, float16 and bfloat16 (which so has 128 values). Where the range is
+    narrow against |low|, rounding can return `high` itself, as in JAX. float16 and bfloat16 equal JAX on [0, 1) only:
+    elsewhere JAX rounds twice. No gradient passes through low and high: scale a draw from [0, 1) where one must.
+    """
+    _, kept = _fraction(dtype)
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) == (0, 1):
+        return _draw(key, shape, lambda words: _mantissa(words, dtype).to(dtype) * 2.0**-kept)
+    work = _work(dtype)
+    low, high = _scalar(low, work, key.device), _scalar(high, work, key.device)
+    return _draw(key, shape, lambda words: _scale(_mantissa(words, dtype), low, high, dtype))
+
+
+def bernoulli(
+    key: Key, p: float | int | Float[Tensor, "*#shape"] = 0.5, shape: Sequence[int] | None = None
+) -> Bool[Tensor, "*shape"]:
+    """True with probability p, at the resolution of a uniform of p's dtype (float32 when p is a number).
+
+    `shape` defaults to that of p, which must broadcast to it.
+    """
+    p = _scalar(p, torch.float32, key.device) if not isinstance(p, Tensor) else p
+    return uniform(key, p.shape if shape is None else shape, p.dtype) < p
+
+
+def randint(
+    key: Key,
+    shape: Sequence[int],
+    low: int | Integer[Tensor, ""],
+    high: int | Integer[Tensor, ""],
+    dtype: torch.dtype = torch.int32,
+) -> Integer[Tensor, "*shape"]:
+    """Integers from [low, high), bounds clipped to the dtype (high to its maximum + 1); `low` when the range is empty.
+
+    int8, int16, uint8 and int32 read two 32-bit words an element, int64 two 64-bit words (so int32 and int64 draw
+    different numbers). Some values are likelier than others by a factor of up to 1 + span / 2**64 (int64: 2**128), and,
+    as JAX's multiplier wraps to 0 there, of up to 1 + span / 2**32 (2**64) where the span exceeds 2**16 (2**32).
+    """
+    if dtype not in (torch.int8, torch.int16, torch.uint8, torch.int32, torch.int64):
+        raise TypeError(f"randint: dtype is {dtype}, not int8, int16, uint8, int32 or int64")
+    start, span = _span(low, high, dtype, key.device)
+    first, second = split(key).unbind()
+    if dtype == torch.int64:
+        upper, lower = bits(first, shape, dtype), bits(second, shape, dtype)
+        factor = _unsigned_remainder(torch.full_like(span, 2**32), span)
+        factor = _unsigned_remainder(factor * factor, span)
+        offset = _unsigned_remainder(upper, span) * factor + _unsigned_remainder(lower, span)
+        return start + _unsigned_remainder(offset, span)
+    upper, lower = bits(first, shape).long() & _WORD, bits(second, shape).long() & _WORD
+    factor = 2**16 % span
+    factor = ((factor * factor) & _WORD) % span
+    offset = ((upper % span) * factor + lower % span) & _WORD
+    return (start + offset % span).to(dtype)
+
+
+def permutation(key: Key, x: int | Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "n *rest"]:
+    """A random order of 0..x-1 (int64), or of the rows of the tensor x.
+
+    Sorts by random 32-bit words, as often as it takes for ties to leave no trace (JAX's rule: one round up to some
+    1600 elements, two up to 2.6 million, then three). Needs some 40 bytes of memory an element.
+    """
+    if isinstance(x, Tensor) and not x.dim():
+        raise TypeError("permutation: x is a 0-d tensor: pass a Python int or a tensor with rows")
+    size = x.shape[0] if isinstance(x, Tensor) else x
+    order = torch.arange(size, device=key.device)
+    for _ in range(math.ceil(3 * math.log(max(1, size)) / math.log(_WORD))):
+        key, word_key = split(key).unbind()
+        order = order.gather(0, torch.sort(bits(word_key, (size,)) ^ _SIGN, stable=True).indices)
+    return x.index_select(0, order.to(x.device)) if isinstance(x, Tensor) else order
+
+
+# ------------------------------------------------------------------------------------------------- through log and erf
+
+
+def normal(key: Key, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """Standard normal draws: sqrt(2) * erfinv(u), u uniform on the open interval (-1, 1).
+
+    float16 and bfloat16 have the resolution of their uniforms, as in JAX: a bfloat16 draw is one of 128 values within
+    +-2.7. Draw float32 and cast where that is too coarse.
+    """
+    _, kept = _fraction(dtype)
+    work = _work(dtype)
+    low = 2.0 ** -(kept + 1) - 1  # the number after -1; the sum below is exact
+
+    def finish(words: Words) -> Tensor:
+        u = _mantissa(words, dtype).to(work) * 2.0 ** (1 - kept) + low
+        return (math.sqrt(2) * _erfinv(u)).to(dtype)
+
+    return _draw(key, shape, finish)
+
+
+def truncated_normal(
+    key: Key,
+    low: Scalar,
+    high: Scalar,
+    shape: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "*shape"]:
+    """Standard normal draws conditioned on the open interval (low, high). float16 and bfloat16 round float32 draws."""
+    work = _work(dtype)
+    low, high = _scalar(low, work, key.device), _scalar(high, work, key.device)
+    edge_low, edge_high = torch.erf(low / math.sqrt(2)), torch.erf(high / math.sqrt(2))
+    inside = (
+        torch.nextafter(low, torch.full_like(low, math.inf)),
+        torch.nextafter(high, -torch.full_like(high, math.inf)),
+    )
+
+    def finish(words: Words) -> Tensor:
+        u = _scale(_mantissa(words, work), edge_low, edge_high, work)
+        return (math.sqrt(2) * _erfinv(u)).clamp(*inside).to(dtype)
+
+    return _draw(key, shape, finish)
+
+
+def gumbel(key: Key, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """Standard Gumbel draws, -log(-log(u)). float16 and bfloat16 round float32 draws."""
+    work = _work(dtype)
+    _, kept = _fraction(work)
+
+    def finish(words: Words) -> Tensor:
+        u = (_mantissa(words, work).to(work) * 2.0**-kept).clamp(min=torch.finfo(work).tiny)
+        return -torch.log(-torch.log(u)).to(dtype)
+
+    return _draw(key, shape, finish)
+
+
+def categorical(
+    key: Key, logits: Float[Tensor, "*batch"], dim: int = -1, shape: Sequence[int] | None = None
+) -> Int[Tensor, "*shape"]:
+    """Indices (int64) drawn with probabilities softmax(logits, dim), by the Gumbel-max trick.
+
+    `shape` defaults to that of logits without `dim`, and may put further axes of independent draws before it.
+    Logits of -inf are never drawn (unless all are: index 0). float16 and bfloat16 logits get float32 noise; JAX's
+    would be as coarse as they are.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    dim = dim % logits.dim()
+    batch = logits.shape[:dim] + logits.shape[dim + 1 :]
+    noise = list(batch if shape is None else shape)
+    noise.insert(len(noise) - len(batch) + dim, logits.shape[dim])
+    return (gumbel(key, noise, logits.dtype) + logits).argmax(dim - logits.dim())
+
+
+# ------------------------------------------------------------------------------------------------------------ threefry
 
 
 def _signed(value: int) -> int:
@@ -120,23 +275,25 @@ def _counters(start: int, stop: int, device: torch.device) -> tuple[Tensor | int
     return (index >> 32).to(torch.int32), index.to(torch.int32)
 
 
-def _draw(key: Key, shape: Sequence[int], finish: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`finish`, an elementwise function, of the two encrypted words of every element of `shape`."""
+def _draw(key: Key, shape: Sequence[int], finish: Callable[[Words], Tensor]) -> Tensor:
+    """`finish`, an elementwise function, of the words of every element of `shape`."""
     size = math.prod(shape)
     block = _CPU_BLOCK if key.device.type == "cpu" else _DEVICE_BLOCK
     if torch.compiler.is_compiling() or size <= block:
-        return finish(*threefry(key, *_counters(0, size, key.device))).reshape(shape)
-    draw = None
+        return finish(_words(key, *_counters(0, size, key.device))).reshape(shape)
+    draw = finish(_words(key, 0, 0)).new_empty(size)  # made from a draw, so that under vmap it is mapped as well
     for start in range(0, size, block):
         stop = min(start + block, size)
-        part = finish(*threefry(key, *_counters(start, stop, key.device)))
-        draw = part.new_empty(size) if draw is None else draw  # from `part`, so that under vmap it is mapped as well
-        draw[start:stop] = part
-    assert draw is not None
+        draw[start:stop] = finish(_words(key, *_counters(start, stop, key.device)))
     return draw.reshape(shape)
 
 
-# ------------------------------------------------------------------------------------------------------------- threefry
+def _words(key: Key, x0: Tensor | int, x1: Tensor | int) -> Words:
+    """The words of the counters (x0, x1)."""
+    if not torch.compiler.is_compiling():
+        return _encrypt(key[0], key[1], x0, x1)
+    counters = (torch.full_like(key[0], x) if isinstance(x, int) else x for x in (x0, x1))
+    return _encrypt_compiled(key[0], key[1], *counters)
 
 
 def _rotate(x: Any, turn: int, left: Any = operator.lshift, right: Any = operator.rshift, constant: Any = int) -> Any:
@@ -144,7 +301,7 @@ def _rotate(x: Any, turn: int, left: Any = operator.lshift, right: Any = operato
     return left(x, constant(turn)) | (right(x, constant(32 - turn)) & constant((1 << turn) - 1))
 
 
-def _encrypt(k0: Any, k1: Any, x0: Any, x1: Any, rotate: Any = _rotate, constant: Any = int) -> tuple[Any, Any]:
+def _encrypt(k0: Any, k1: Any, x0: Any, x1: Any, rotate: Any = _rotate, constant: Any = int) -> tuple[Any, Any, Any]:
     """Threefry's rounds on anything that has int32 operators: tensors, or the values of an Inductor kernel."""
     schedule = (k0, k1, k0 ^ k1 ^ constant(_PARITY))
     x0, x1 = x0 + k0, x1 + k1
@@ -154,24 +311,24 @@ def _encrypt(k0: Any, k1: Any, x0: Any, x1: Any, rotate: Any = _rotate, constant
             x1 = rotate(x1, turn) ^ x0
         x0 = x0 + schedule[(group + 1) % 3]
         x1 = x1 + (schedule[(group + 2) % 3] + constant(group + 1))
-    return x0, x1
+    return x0, x1, x0 ^ x1
 
 
-# Each round reads each word twice, and Inductor expands such a chain afresh for every reader: seconds of compiling for
-# every draw. As one operator with a kernel body of its own it costs milliseconds, and still fuses with its neighbours.
+# Each round reads each word twice, and Inductor expands such a chain afresh for every reader: some twenty seconds of
+# compiling a draw. As one operator with a kernel body of its own it takes a quarter of one, and still fuses.
 _encrypt_compiled = torch.library.custom_op(
     "functional_lm::threefry",
     _encrypt,
     mutates_args=(),
-    schema="(Tensor k0, Tensor k1, Tensor x0, Tensor x1) -> (Tensor, Tensor)",
+    schema="(Tensor k0, Tensor k1, Tensor x0, Tensor x1) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @_encrypt_compiled.register_fake
-def _(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+def _(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> Words:
     _teach_inductor()  # here, because tracing always passes here and importing Inductor is slow
     like = k0.new_empty(torch.broadcast_shapes(k0.shape, k1.shape, x0.shape, x1.shape))
-    return like, torch.empty_like(like)
+    return like, torch.empty_like(like), torch.empty_like(like)
 
 
 def _vmap_elementwise(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Any, Any]:
@@ -196,98 +353,19 @@ def _teach_inductor() -> None:
         from torch._inductor.lowering import make_pointwise, register_lowering
         from torch._inductor.virtualized import ops
 
-        constant = functools.partial(ops.constant, dtype=torch.int32)
-        shifts = ops.bitwise_left_shift, ops.bitwise_right_shift
-        rotate = functools.partial(_rotate, left=shifts[0], right=shifts[1], constant=constant)
-        halves = [make_pointwise(lambda *words, i=i: _encrypt(*words, rotate, constant)[i]) for i in range(2)]
+        def body(k0: Any, k1: Any, x0: Any, x1: Any) -> tuple[Any, Any, Any]:
+            constant = functools.cache(functools.partial(ops.constant, dtype=torch.int32))
+            shifts: dict[str, Any] = {"left": ops.bitwise_left_shift, "right": ops.bitwise_right_shift}
+            return _encrypt(k0, k1, x0, x1, functools.partial(_rotate, **shifts, constant=constant), constant)
+
+        outputs = [make_pointwise(lambda *words, i=i: body(*words)[i]) for i in range(3)]
         lower = register_lowering(torch.ops.functional_lm.threefry, broadcast=True, type_promotion_kind=None)
-        lower(lambda *words: tuple(half(*words) for half in halves))
+        lower(lambda *words: tuple(output(*words) for output in outputs))
     except (ImportError, AttributeError, TypeError) as error:
         warnings.warn(f"random draws will not fuse into compiled kernels: {error}", stacklevel=2)
 
 
-# ------------------------------------------------------------------------------------------------- uniforms and choices
-
-
-def uniform(
-    key: Key,
-    shape: Sequence[int] = (),
-    dtype: torch.dtype = torch.float32,
-    low: float | Float[Tensor, ""] = 0.0,
-    high: float | Float[Tensor, ""] = 1.0,
-) -> Float[Tensor, "*shape"]:
-    """Uniform draws from [low, high): low + (high - low) * k / 2**b, rounded once, for a random b-bit integer k.
-
-    b is 23, 52, 10 and 7 for float32, float64, float16 and bfloat16: a bfloat16 draw has 128 values. Where the range
-    is narrow against |low|, rounding can return `high` itself, as in JAX. No gradients pass
-    through low and high: scale a draw from [0, 1) where they must.
-    """
-    _, kept = _fraction(dtype)
-    if not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) == (0, 1):
-        return _draw(key, shape, lambda a, b: _mantissa(a, b, dtype).to(dtype) * 2.0**-kept)
-    low, high = _scalar(low, dtype, key.device), _scalar(high, dtype, key.device)
-    if dtype in (torch.float32, torch.float64):
-        return _draw(key, shape, lambda a, b: _scale(_mantissa(a, b, dtype), low, high))
-    # In float32 the product below is exact.
-    start, span = low.float(), (high - low).float()
-    return _draw(key, shape, lambda a, b: (_mantissa(a, b, dtype) * 2.0**-kept * span + start).to(dtype).maximum(low))
-
-
-def bernoulli(
-    key: Key, p: float | Float[Tensor, "*#shape"] = 0.5, shape: Sequence[int] | None = None
-) -> Bool[Tensor, "*shape"]:
-    """True with probability p, at the resolution of a uniform of p's dtype (float32 when p is a number).
-
-    `shape` defaults to that of p, which must broadcast to it.
-    """
-    p = _scalar(p, torch.float32, key.device) if not isinstance(p, Tensor) else p
-    return uniform(key, p.shape if shape is None else shape, p.dtype) < p
-
-
-def randint(
-    key: Key,
-    shape: Sequence[int],
-    low: int | Int[Tensor, ""],
-    high: int | Int[Tensor, ""],
-    dtype: torch.dtype = torch.int32,
-) -> Int[Tensor, "*shape"]:
-    """Integers from [low, high), bounds clipped to the dtype (high to its maximum + 1); `low` when the range is empty.
-
-    int8, int16, uint8 and int32 read two 32-bit words an element, int64 two 64-bit words (so int32 and int64 draw
-    different numbers). The remainder's bias is at most span**2 / 2**64 (or / 2**128), and as JAX's squared
-    multiplier wraps, span / 2**32 (2**64) once the span exceeds 2**16 (2**32).
-    """
-    if dtype not in (torch.int8, torch.int16, torch.uint8, torch.int32, torch.int64):
-        raise TypeError(f"randint: dtype is {dtype}, not int8, int16, uint8, int32 or int64")
-    start, span = _span(low, high, dtype, key.device)
-    first, second = split(key).unbind()
-    if dtype == torch.int64:
-        upper, lower = bits(first, shape, dtype), bits(second, shape, dtype)
-        factor = _unsigned_remainder(torch.full_like(span, 2**32), span)
-        factor = _unsigned_remainder(factor * factor, span)
-        offset = _unsigned_remainder(upper, span) * factor + _unsigned_remainder(lower, span)
-        return start + _unsigned_remainder(offset, span)
-    upper, lower = bits(first, shape).long() & _WORD, bits(second, shape).long() & _WORD
-    factor = 2**16 % span
-    factor = ((factor * factor) & _WORD) % span
-    offset = ((upper % span) * factor + lower % span) & _WORD
-    return (start + offset % span).to(dtype)
-
-
-def permutation(key: Key, x: int | Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "n *rest"]:
-    """A random order of 0..x-1 (int64), or of the rows of the tensor x.
-
-    Sorts by random 32-bit words, as often as it takes for ties to leave no trace (JAX's rule: one round up to some
-    1600 elements, two up to 2.6 million, then three). The peak is about 40 bytes an element.
-    """
-    if isinstance(x, Tensor) and not x.dim():
-        raise TypeError("permutation: x is a 0-d tensor: pass a Python int or a tensor with rows")
-    size = x.shape[0] if isinstance(x, Tensor) else x
-    order = torch.arange(size, device=key.device)
-    for _ in range(math.ceil(3 * math.log(max(1, size)) / math.log(_WORD))):
-        key, word_key = split(key).unbind()
-        order = order.gather(0, torch.sort(bits(word_key, (size,)) ^ _SIGN, stable=True).indices)
-    return x.index_select(0, order.to(x.device)) if isinstance(x, Tensor) else order
+# --------------------------------------------------------------------------------------------- rounding and remainders
 
 
 def _fraction(dtype: torch.dtype) -> tuple[int, int]:
@@ -296,15 +374,20 @@ def _fraction(dtype: torch.dtype) -> tuple[int, int]:
     return _FRACTION[dtype]
 
 
-def _mantissa(word0: Tensor, word1: Tensor, dtype: torch.dtype) -> Tensor:
+def _mantissa(words: Words, dtype: torch.dtype) -> Tensor:
     """The random fraction of a float of `dtype`, as an integer."""
     dropped, kept = _fraction(dtype)
     if dtype == torch.float64:
-        return ((word0.long() & _WORD) << 20) | ((word1.long() & _WORD) >> dropped)
-    return ((word0 ^ word1) >> dropped) & (2**kept - 1)
+        return ((words[0].long() & _WORD) << 20) | ((words[1].long() & _WORD) >> dropped)
+    return (words[2] >> dropped) & (2**kept - 1)
 
 
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _work(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to calculate in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scalar(value: float | int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A 0-d tensor of `dtype`."""
     if isinstance(value, Tensor):
         if value.dim():
@@ -313,16 +396,18 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def _scale(mantissa: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _scale(mantissa: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     """low + (high - low) * mantissa / 2**b in one rounding, the value of a fused multiply-add.
 
     torch has no such function, compilers fuse where they like, and JAX's compiled uniform is fused. Here every product
     is exact, so that fusing it changes nothing and the value is the same everywhere.
     """
-    if low.dtype == torch.float32 and low.device.type != "mps":  # which has no float64
-        product = (mantissa.double() * 2.0**-23) * (high - low).double()
-        return _round_to_odd(product, low.double()).float().maximum(low)
-    return (_scale_compiled if torch.compiler.is_compiling() else _scale_in_halves)(mantissa, low, high)
+    _, kept = _fraction(dtype)
+    if dtype != torch.float64 and low.device.type != "mps":  # which has no float64
+        product = (mantissa.double() * 2.0**-kept) * (high - low).double()
+        return _round_to_odd(product, low.double()).maximum(low.double()).to(dtype)
+    aligned = mantissa << (_fraction(low.dtype)[1] - kept)
+    return (_scale_compiled if torch.compiler.is_compiling() else _scale_in_halves)(aligned, low, high).to(dtype)
 
 
 def _scale_in_halves(mantissa: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -407,83 +492,14 @@ def _unsigned_less(a: Tensor, b: Tensor) -> Tensor:
     return (a ^ -(2**63)) < (b ^ -(2**63))
 
 
-# ------------------------------------------------------------------------------------ through logarithms and error functions
-
-
-def normal(key: Key, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """Standard normal draws: sqrt(2) * erfinv(u), u uniform on the open interval (-1, 1).
-
-    float16 and bfloat16 have the resolution of their uniforms, as in JAX: a bfloat16 draw is one of 128 values within
-    +-2.7. Draw float32 and cast where that is too coarse.
-    """
-    _, kept = _fraction(dtype)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    low = 2.0 ** -(kept + 1) - 1  # the number after -1; the sum below is exact
-
-    def finish(word0: Tensor, word1: Tensor) -> Tensor:
-        u = _mantissa(word0, word1, dtype).to(work) * 2.0 ** (1 - kept) + low
-        return (math.sqrt(2) * _erfinv(u)).to(dtype)
-
-    return _draw(key, shape, finish)
-
-
-def truncated_normal(
-    key: Key,
-    low: float | Float[Tensor, ""],
-    high: float | Float[Tensor, ""],
-    shape: Sequence[int] = (),
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "*shape"]:
-    """Standard normal draws conditioned on the open interval (low, high). float16 and bfloat16 round float32 draws."""
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    low, high = _scalar(low, work, key.device), _scalar(high, work, key.device)
-    edge_low, edge_high = torch.erf(low / math.sqrt(2)), torch.erf(high / math.sqrt(2))
-    inside = (
-        torch.nextafter(low, torch.full_like(low, math.inf)),
-        torch.nextafter(high, -torch.full_like(high, math.inf)),
-    )
-
-    def finish(word0: Tensor, word1: Tensor) -> Tensor:
-        u = _scale(_mantissa(word0, word1, work), edge_low, edge_high)
-        return (math.sqrt(2) * _erfinv(u)).clamp(*inside).to(dtype)
-
-    return _draw(key, shape, finish)
-
-
-def gumbel(key: Key, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """Standard Gumbel draws, -log(-log(u)). float16 and bfloat16 round float32 draws."""
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    _, kept = _fraction(work)
-
-    def finish(word0: Tensor, word1: Tensor) -> Tensor:
-        u = (_mantissa(word0, word1, work).to(work) * 2.0**-kept).clamp(min=torch.finfo(work).tiny)
-        return -torch.log(-torch.log(u)).to(dtype)
-
-    return _draw(key, shape, finish)
-
-
-def categorical(
-    key: Key, logits: Float[Tensor, "*batch"], dim: int = -1, shape: Sequence[int] | None = None
-) -> Int[Tensor, "*shape"]:
-    """Indices (int64) drawn with probabilities softmax(logits, dim), by the Gumbel-max trick.
-
-    `shape` defaults to that of logits without `dim`, and may put further axes of independent draws before it.
-    Logits of -inf are never drawn (unless all are: index 0). float16 and bfloat16 logits get float32 noise; JAX's
-    would be as coarse as they are.
-    """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    dim = dim % logits.dim()
-    batch = logits.shape[:dim] + logits.shape[dim + 1 :]
-    noise = list(batch if shape is None else shape)
-    noise.insert(len(noise) - len(batch) + dim, logits.shape[dim])
-    return (gumbel(key, noise, logits.dtype) + logits).argmax(dim - logits.dim())
+# -------------------------------------------------------------------------------------------------------------- erfinv
 
 
 def _erfinv(x: Tensor) -> Tensor:
     """erfinv for |x| <= 1 by Giles' polynomials ("Approximating the erfinv function", GPU Computing Gems 2, 2011).
 
-    torch.erfinv is closer to the truth, but this is what JAX evaluates, square included: rounding x * x moves values
-    beyond 3.5 sigma by up to 64 ulp, and they move with it.
+    torch.erfinv is closer to the truth, but this is what JAX evaluates: rounding x * x before the logarithm moves
+    float32 values beyond 3.5 sigma by up to 64 ulp, and ours move with JAX's.
     """
     # The clamp does nothing to the value; without it a compiler could fuse the square into log1p's sum, unrounded.
     w = -torch.log1p(-(x * x).clamp(max=1.0))

@@ -51,7 +51,7 @@ FIXED = (
 class TrainOptions:
     """Flags of `pretrain`; any field of the model configuration is a flag too."""
 
-    data: str = option("stdlib", "text to learn: files, folders, globs, .jsonl, or stdlib", aliases=("data_path",))
+    data: str = option("stdlib", "text to learn: files, folders, globs, .jsonl, stdlib, a .bin", aliases=("data_path",))
     out: str = option(DEFAULT_OUT, "run folder to write", aliases=("output_dir",))
     model: str | None = option(None, "model folder to go on from", aliases=("model_path",), group="Model")
     preset: str | None = option(None, "named architecture", choices=tuple(model_config.PRESETS), group="Model")
@@ -133,6 +133,40 @@ def _check(options: TrainOptions, overrides: dict[str, Any]) -> None:
     longest = _architecture(options, overrides, options.vocab_size).max_len
     if options.block_size is not None and options.block_size > longest:
         raise UsageError(f"--block_size {options.block_size} is longer than the model's --max_len {longest}")
+    if _is_dataset(options.data) and options.model is None and options.tokenizer is None:
+        raise UsageError(f"--data {options.data} is tokens already; give the --tokenizer that made them, or a --model")
+    if options.overwrite:
+        _check_overwrite(options)
+    _look_up(options.data)
+
+
+def _look_up(source: str) -> None:
+    """Raise DataError unless the text or the tokens are there."""
+    from functional_lm.text import corpus, dataset
+
+    dataset.open_dataset(source) if _is_dataset(source) else corpus.files(source)
+
+
+def _is_dataset(source: str) -> bool:
+    """Whether `--data` names what `prepare` wrote rather than text."""
+    return Path(source).suffix == ".bin"
+
+
+def _check_overwrite(options: TrainOptions) -> None:
+    """What `--overwrite` removes is a run, and nothing that the new one reads."""
+    out = Path(options.out)
+    if options.resume not in ("auto", "never"):
+        raise UsageError("--overwrite starts again and --resume goes on; give one of them")
+    if out.exists() and any(out.iterdir()) and not _holds_model(out) and not (out / "run.json").exists():
+        raise UsageError(f"--overwrite replaces a run and {out} holds something else; choose another --out")
+    read = [(name, getattr(options, name)) for name in ("model", "config", "tokenizer")]
+    for name, value in [*read, *(("data", item) for item in options.data.split(","))]:
+        if value is not None and Path(value).resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"--overwrite would remove --{name} {value}; choose another --out")
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists()
 
 
 def _architecture(options: TrainOptions, overrides: dict[str, Any], vocab_size: int) -> ModelConfig:
@@ -163,20 +197,25 @@ def _checkpoint_to_resume(options: TrainOptions, overrides: dict[str, Any], out:
     from functional_lm.training import checkpoint
 
     if options.overwrite:
-        files.remove(out)
+        return None
+    found = checkpoint.listing(out / "checkpoints")
     if options.resume not in ("auto", "never"):
         path = Path(options.resume)
         if not (path / "training.json").is_file():
             raise UsageError(f"--resume {path} is no checkpoint; give a folder such as RUN/checkpoints/step-00001000")
+        if found and path.resolve() != found[-1].resolve():
+            raise UsageError(f"{out} holds a run up to {found[-1].name}; choose another --out to go on from {path}")
         return path
-    found = checkpoint.listing(out / "checkpoints")
-    if not found:
+    if not found and not _holds_model(out):
         return None
-    if options.resume == "never":
-        raise UsageError(f"{out} already holds a run; choose another --out, or --overwrite it")
+    if not found or options.resume == "never":
+        what = "run" if found else "model"
+        raise UsageError(f"{out} already holds a {what}; choose another --out, or --overwrite it")
     earlier = files.read_json(out / "run.json")
     if changes := _differences(options, overrides, earlier):
         raise UsageError(f"{out} holds another run ({'; '.join(changes)}); choose another --out, or --overwrite it")
+    if earlier["options"]["compile"] != options.compile:
+        console.say("compiled and eager steps differ in the last bits: this run is going to have both")
     return found[-1]
 
 
@@ -189,7 +228,9 @@ def _differences(options: TrainOptions, overrides: dict[str, Any], earlier: dict
         now.pop("block_size")
     names = sorted(before.keys() | now.keys())
     return [
-        f"--{name} was {before.get(name)}, is {now.get(name)}" for name in names if before.get(name) != now.get(name)
+        f"--{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}"
+        for name in names
+        if before.get(name) != now.get(name)
     ]
 
 
@@ -199,7 +240,8 @@ def _is_complete(options: TrainOptions, checkpoint: Path, out: Path) -> bool:
     if done < options.steps or not (out / "summary.json").exists():
         return False
     loss = files.read_json(out / "summary.json")["val_loss"]
-    console.say(f"{out} is trained already: {done} steps, validation loss {loss:.4f}")
+    measured = "" if loss is None else f", validation loss {loss:.4f}"
+    console.say(f"{out} is trained already: {done} steps{measured}")
     console.say("more --steps go on from there, --overwrite starts again, another --out starts beside it")
     return True
 
@@ -211,13 +253,15 @@ def _tokenizer_and_model(
     options: TrainOptions, overrides: dict[str, Any], out: Path, checkpoint: Path | None
 ) -> tuple[Tokenizer, ModelConfig, Tree]:
     """What is trained: the parts of `--model`, or a tokenizer from the text and a fresh tree from the seed."""
+    import torch
+
     from functional_lm import folder, keys
     from functional_lm.model import transformer
     from functional_lm.text import prepare
     from functional_lm.text import tokenizer as tokenizers
 
     if options.model is not None:
-        params, config, tokenizer = folder.load(options.model, options.device)
+        params, config, tokenizer = folder.load(options.model, options.device, torch.float32)  # masters
     else:
         if checkpoint is not None:
             tokenizer = tokenizers.load(checkpoint)
@@ -228,6 +272,8 @@ def _tokenizer_and_model(
                 tokenizer = prepare.train_tokenizer(options.data, options.tokenizer_type, options.vocab_size)
         config = _architecture(options, overrides, tokenizer.vocab_size)
         params = transformer.init(config, keys.fold_in_name(keys.key(options.seed, options.device), "init"))
+    if options.overwrite:
+        files.remove(out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out)
     record = {"options": dataclasses.asdict(options), "overrides": overrides, "model": config.to_json()}
@@ -251,9 +297,13 @@ def _text(options: TrainOptions, tokenizer: Tokenizer, out: Path) -> Text:
     from functional_lm.text import dataset, prepare
 
     assert options.block_size is not None
-    made = prepare.prepare(options.data, out / "data" / "text", tokenizer)
-    console.say(describe(made))
-    data = dataset.open_dataset(out / "data" / "text", tokenizer)
+    if _is_dataset(options.data):
+        data = dataset.open_dataset(options.data, tokenizer)
+        console.say(f"{console.count(len(data.tokens))} tokens in {console.count(data.documents)} documents")
+    else:
+        made = prepare.prepare(options.data, out / "data" / "text", tokenizer)
+        console.say(describe(made))
+        data = dataset.open_dataset(out / "data" / "text", tokenizer)
     train, validation = dataset.split(data, options.val_fraction, options.seed)
     dataset.windows_per_epoch(train, options.block_size)  # refuses a text shorter than one block
     return Text(train, validation, dataset.predicted_bytes(validation, tokenizer.byte_lengths))
@@ -284,14 +334,15 @@ def _train(
     functions = _functions(options, config)
     state = functions.init(params, keys.fold_in_name(keys.key(options.seed, options.device), "training"))
     if checkpoint is not None:
-        state, _ = checkpoints.load(checkpoint, state)
+        saved, _ = checkpoints.load(checkpoint, state)
+        state = saved._replace(numbers=state.numbers)  # the flags of this call
         console.say(f"going on from {checkpoint}")
     microbatches = options.gradient_accumulation_steps
     plan = loop.Plan(
         options.steps,
         options.batch_size * options.block_size * microbatches,
         microbatches,
-        options.eval_every,
+        options.eval_every if len(text.validation) > 1 else 0,
         options.save_every,
         options.log_every,
         options.compile,

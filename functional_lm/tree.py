@@ -35,7 +35,8 @@ Selector = str | Iterable[str] | Callable[[str], bool]
 
 
 def _order(part: str) -> tuple[int, int, str]:
-    return (0, int(part), "") if part.isdigit() else (1, 0, part)
+    """A total order: "01" and "1" are different names, and other scripts' digits are words."""
+    return (0, int(part), part) if part.isascii() and part.isdigit() else (1, 0, part)
 
 
 def _children(node: Any) -> Iterable[tuple[str, Any]]:
@@ -73,11 +74,12 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
 
 
 def matcher(selector: Selector) -> Callable[[str], bool]:
+    """A selector as a predicate on names; an empty list of globs selects nothing."""
     if callable(selector):
         return selector
     patterns = [selector] if isinstance(selector, str) else list(selector)
-    expression = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns))
-    return lambda name: expression.match(name) is not None
+    expressions = [re.compile(fnmatch.translate(pattern)) for pattern in patterns]
+    return lambda name: any(expression.match(name) for expression in expressions)
 
 
 def select(tree: Tree, selector: Selector) -> Tree:
@@ -221,7 +223,7 @@ def save(tree: Any, path: str | Path, metadata: Mapping[str, Any] | None = None)
     flat = {name: leaf.detach().cpu().contiguous() for name, leaf in flatten(tree).items()}
     shared: dict[int, str] = {}
     for name, leaf in flat.items():  # safetensors refuses two names for one storage
-        if leaf.numel() and shared.setdefault(leaf.data_ptr(), name) != name:
+        if leaf.numel() and shared.setdefault(leaf.untyped_storage().data_ptr(), name) != name:
             flat[name] = leaf.clone()
     notes = {"format": "pt"} if metadata is None else {"functional_lm": json.dumps(metadata, sort_keys=True)}
     files.write_with(path, lambda temporary: save_file(flat, str(temporary), metadata=notes))

@@ -134,10 +134,13 @@ def generate(params: Tree, prompt: list[int], run: Decoder, options: GenerateOpt
     """The continuation of `prompt`, token by token, until a stop id or `max_tokens`.
 
     When the model's longest context is full, the newer half of it is read again and generation goes on from there.
-    The values of `params` decide the precision. Raises ValueError for an empty prompt.
+    The values of `params` decide the precision. Raises ValueError for an empty prompt, and for top_k or top_p with a
+    decoder that was made without them.
     """
     if not prompt:
         raise ValueError("generation needs at least one token to go on from")
+    if options.truncates and not run.truncating:
+        raise ValueError("top_k and top_p need a decoder made with truncating=True")
     device = params["model"]["embed_tokens"]["weight"].device
     longest = run.config.max_len
     text = list(prompt[-longest:])

@@ -51,7 +51,8 @@ def truncate(logits: Float[Tensor, "S V"], top_k: Int[Tensor, "S"], top_p: Float
     limit = torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]
     probabilities = torch.softmax(ordered.masked_fill(rank >= limit, -math.inf), dim=-1)
     before = probabilities.cumsum(-1) - probabilities
-    kept = (rank < limit) & ((before < top_p[:, None]) | (rank == 0))
+    # 1 is compared by itself: a sum that float32 rounds up to 1 would cut the tail off.
+    kept = (rank < limit) & ((before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0))
     # What is kept is a prefix of the order, so the last kept value is the threshold.
     threshold = ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)
     return logits.masked_fill(logits < threshold, -math.inf)
@@ -67,7 +68,7 @@ def sample(
     logits = logits.float()
     greedy = logits.argmax(-1)
     heat = torch.where(how.temperature > 0, how.temperature, 1.0)[:, None]
-    scaled = logits / heat
+    scaled = (logits - logits.amax(-1, keepdim=True)) / heat  # the largest at 0, so that no temperature overflows it
     if truncating:
         scaled = truncate(scaled, how.top_k, how.top_p)
     drawn = torch.vmap(keys.categorical)(row_keys, scaled)

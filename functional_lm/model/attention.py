@@ -17,7 +17,7 @@ from torch import Tensor
 from functional_lm import keys
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.linear import linear
-from functional_lm.model.norm import norm
+from functional_lm.model.norm import norm, wide
 from functional_lm.model.positions import Rotation, rotate
 from functional_lm.tree import Tree
 
@@ -37,12 +37,12 @@ class Context(NamedTuple):
 
 
 def visible(
-    query_positions: Int[Tensor, "*B T"],
-    key_positions: Int[Tensor, "*B C"],
+    query_positions: Int[Tensor, "*#B T"],
+    key_positions: Int[Tensor, "*#B C"],
     window: int = 0,
-    query_documents: Int[Tensor, "*B T"] | None = None,
-    key_documents: Int[Tensor, "*B C"] | None = None,
-) -> Bool[Tensor, "*B T C"]:
+    query_documents: Int[Tensor, "*#B T"] | None = None,
+    key_documents: Int[Tensor, "*#B C"] | None = None,
+) -> Bool[Tensor, "*#B T C"]:
     """Which keys a query may read: not after itself, within the window, of the same document."""
     distance = query_positions[..., :, None] - key_positions[..., None, :]
     mask = distance >= 0
@@ -57,18 +57,19 @@ def standard(
     query: Float[Tensor, "*B H T E"],
     key: Float[Tensor, "*B K C E"],
     value: Float[Tensor, "*B K C E"],
-    mask: Bool[Tensor, "*B T C"] | None,
+    mask: Bool[Tensor, "*#B T C"] | None,
     dropout: float = 0.0,
     dropout_key: Tensor | None = None,
 ) -> Float[Tensor, "*B H T E"]:
     """softmax(q kᵀ / √E) v written out: vmaps, differentiates any number of times, drops by key.
 
-    The G queries of a key head are rows of one product, so grouped heads copy nothing. Softmax in float32.
+    The G queries of a key head are rows of one product, so grouped heads copy nothing. Softmax in float32 at
+    least.
     """
     (time, width), groups = query.shape[-2:], query.shape[-3] // key.shape[-3]
     batch, heads, length = key.shape[:-3], key.shape[-3], key.shape[-2]
     scores = query.reshape(*batch, heads, groups * time, width) @ key.mT
-    scores = scores.reshape(*batch, heads, groups, time, length).float() * (1 / math.sqrt(width))
+    scores = wide(scores.reshape(*batch, heads, groups, time, length)) * (1 / math.sqrt(width))
     if mask is None:
         index = torch.arange(length, device=query.device)
         mask = visible(index[length - time :], index)
@@ -84,7 +85,7 @@ def flash(
     query: Float[Tensor, "*B H T E"],
     key: Float[Tensor, "*B K C E"],
     value: Float[Tensor, "*B K C E"],
-    mask: Bool[Tensor, "*B T C"] | None,
+    mask: Bool[Tensor, "*#B T C"] | None,
 ) -> Float[Tensor, "*B H T E"]:
     """The same through torch's fused kernel: no [T, C] matrix in memory; a fast path only for causal masks.
 

@@ -97,8 +97,12 @@ class ModelConfig:
             raise UsageError(f"d_model {self.d_model} is odd; sinusoidal positions need an even width")
         if self.parallel_residual and self.norm_placement == "post":
             raise UsageError("parallel_residual goes with norm_placement pre, not post")
-        if self.rope_scaling is not None and (len(self.rope_scaling) != 4 or min(self.rope_scaling) <= 0):
-            raise UsageError(f"rope_scaling is {self.rope_scaling}; it has to be four positive numbers")
+        if self.rope_scaling is not None:
+            numbers = self.rope_scaling
+            if len(numbers) != 4 or not all(0 < n < math.inf for n in numbers) or numbers[1] >= numbers[2]:
+                raise UsageError(
+                    f"rope_scaling is {numbers}; it has to be four positive numbers, the second less than the third"
+                )
 
     @property
     def rotary_width(self) -> int:

@@ -1,4 +1,4 @@
-"""Normalisation over the last axis, in float32 whatever comes in.
+"""Normalisation over the last axis, in float32 at least.
 
 The leaves decide: `weight` alone is scale, `bias` beside it shift; the kind (RMS or mean and variance) is static.
 """
@@ -12,12 +12,17 @@ from torch import Tensor
 from functional_lm.tree import Tree
 
 
+def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """x in float32, or in float64 if that is what it is: what norms, softmaxes and losses are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def norm(params: Tree, x: Float[Tensor, "... D"], kind: str, eps: float) -> Float[Tensor, "... D"]:
     """`rmsnorm` (arXiv 1910.07467) or `layernorm` (arXiv 1607.06450); returns x's dtype."""
-    wide = x.float()
+    y = wide(x)
     if kind == "layernorm":
-        wide = wide - wide.mean(-1, keepdim=True)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * params["weight"].float()
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * wide(params["weight"])
     if "bias" in params:
-        wide = wide + params["bias"].float()
-    return wide.to(x.dtype)
+        y = y + wide(params["bias"])
+    return y.to(x.dtype)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from functional_lm.model.config import ModelConfig
+from functional_lm.model.norm import wide
 
 
 class Rotation(NamedTuple):
@@ -52,10 +53,9 @@ def rotation(config: ModelConfig, positions: Int[Tensor, "*T"], longest: int) ->
 
 
 def rotate(x: Float[Tensor, "*B heads T E"], by: Rotation) -> Float[Tensor, "*B heads T E"]:
-    """Rotate the first 2*half dimensions of each head in the half-split pairing (i, i + half), in float32."""
+    """Rotate the first 2*half dimensions of each head in the half-split pairing (i, i + half), in float32 at least."""
     half = by.cos.shape[-1]
-    wide = x.float()
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], x[..., 2 * half :]
+    first, second, rest = wide(x[..., :half]), wide(x[..., half : 2 * half]), x[..., 2 * half :]
     cos, sin = (angle if angle.dim() == 2 else angle.unsqueeze(-3) for angle in by)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from functional_lm import keys, tree
+from functional_lm.errors import UsageError
 from functional_lm.model.attention import Context, attention, drop, visible
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.linear import embed, linear, unembed
-from functional_lm.model.norm import norm
+from functional_lm.model.norm import norm, wide
 from functional_lm.model.positions import restart, rotation, sinusoids
 from functional_lm.tree import Tree
 
@@ -194,7 +195,7 @@ def hidden(
     """The final, normalised hidden states, and the cache with these tokens written at `positions`.
 
     With `documents` a token sees its own document only. With a `cache`, `positions` [S, T] says where each token
-    stands, and a slot sees its rows up to there.
+    stands, and a slot sees its rows up to there. Raises UsageError for more tokens than learned positions.
     """
     model = params["model"]
     if positions is None:
@@ -206,8 +207,7 @@ def hidden(
 
     x = embed(model["embed_tokens"], tokens)
     if config.positions == "learned":
-        table = model["embed_positions"]["weight"]  # padding behind a prompt may stand past its end
-        x = x + F.embedding(positions.clamp(max=table.shape[0] - 1), table)
+        x = x + F.embedding(_within(positions, config, cached=cache is not None), model["embed_positions"]["weight"])
     elif config.positions == "sinusoidal":
         x = x + sinusoids(config.d_model, longest, tokens.device)[positions].to(x.dtype)
     if key is not None and config.dropout > 0:
@@ -226,11 +226,20 @@ def hidden(
     return x, None if cache is None else new_cache
 
 
+def _within(positions: Int[Tensor, "*T"], config: ModelConfig, cached: bool) -> Int[Tensor, "*T"]:
+    """Rows of a learned table. In a cache the padding behind a prompt may stand past its end, and is never read."""
+    if cached:
+        return positions.clamp(max=config.max_len - 1)
+    if positions.dim() == 1 and positions.shape[0] > config.max_len:
+        raise UsageError(f"{positions.shape[0]} tokens go beyond the learned positions, max_len {config.max_len}")
+    return positions
+
+
 def _context(
     config: ModelConfig,
-    positions: Int[Tensor, "*B T"],
+    positions: Int[Tensor, "*#B T"],
     longest: int,
-    documents: Int[Tensor, "*B T"] | None,
+    documents: Int[Tensor, "*#B T"] | None,
     cached: bool,
 ) -> Context:
     turned = rotation(config, positions, longest) if config.positions == "rope" else None
@@ -249,7 +258,7 @@ def project_logits(params: Tree, x: Float[Tensor, "... D"], config: ModelConfig)
     else:
         logits = unembed(params["model"]["embed_tokens"], x)
     if config.logit_softcap:
-        logits = config.logit_softcap * torch.tanh(logits.float() / config.logit_softcap)
+        logits = (config.logit_softcap * torch.tanh(wide(logits) / config.logit_softcap)).to(logits.dtype)
     return logits
 
 
@@ -293,7 +302,5 @@ def loss(
     """
     logits = forward(params, batch["tokens"], config, key, batch.get("documents"))
     targets = batch["targets"]
-    nll = F.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten().long(), ignore_index=IGNORED, reduction="sum"
-    )
+    nll = F.cross_entropy(wide(logits).flatten(0, -2), targets.flatten().long(), ignore_index=IGNORED, reduction="sum")
     return nll, {"nll": nll.detach(), "tokens": (targets != IGNORED).sum()}

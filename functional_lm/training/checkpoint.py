@@ -51,8 +51,10 @@ def load(path: str | Path, template: TrainState) -> tuple[TrainState, dict[str, 
         notes = files.read_json(path / "training.json")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is no training checkpoint ({error})") from error
-    if notes.get("format") != FORMAT:
-        raise DataError(f"{path} has format {notes.get('format')}; this version reads {FORMAT}")
+    if not isinstance(notes, dict) or not {"format", "memory"} <= notes.keys():
+        raise DataError(f"{path} is no training checkpoint (its training.json holds something else)")
+    if notes["format"] != FORMAT:
+        raise DataError(f"{path} has format {notes['format']}; this version reads {FORMAT}")
     device = template.key.device
     flat: dict[str, Tensor] = tree.flatten({"params": tree.load(path / "model.safetensors", device)})
     flat |= tree.flatten(tree.load(path / "training.safetensors", device))

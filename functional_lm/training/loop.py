@@ -106,7 +106,7 @@ def whole_step(functions: Training, batch: Callable[[int], Batch], accumulation:
 def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Outcome:
     """Train to `plan.steps`. Ctrl-C or SIGTERM finishes the step, saves and returns; a second one ends at once.
 
-    Raises FunctionalLMError when the loss is not finite.
+    Raises FunctionalLMError when the loss or the gradient is not finite; that step's state is not saved.
     """
     step = whole_step(functions, hooks.batch, plan.accumulation, plan.compile)
     outcome, done = Outcome(state), int(state.step)
@@ -158,10 +158,11 @@ class _Readings:
         while len(self._unread) > (0 if everything else self._in_flight):
             number, report = self._unread.popleft()
             values = {name: float(value) for name, value in report.items()}
-            if not math.isfinite(values["loss"]):
-                raise FunctionalLMError(
-                    f"the loss is {values['loss']} at step {number}; lower --learning_rate or raise --warmup_steps"
-                )
+            for what, name in (("loss", "loss"), ("gradient norm", "grad_norm")):
+                if not math.isfinite(values[name]):
+                    raise FunctionalLMError(
+                        f"the {what} is {values[name]} at step {number}; lower --learning_rate or raise --warmup_steps"
+                    )
             now = time.perf_counter()
             if self._mark is not None:
                 self.rates.append(self._plan.tokens_per_step / (now - self._mark))

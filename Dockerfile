@@ -1,0 +1,17 @@
+# docker build -t functional_lm .
+# docker run --rm -v "$PWD/runs:/work/runs" functional_lm pretrain --out runs/train
+FROM python:3.12-slim
+
+# Inductor, torch's compiler, writes C++ and needs g++; the image's Python brings its own headers.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/functional_lm
+COPY pyproject.toml setup.cfg constraints.txt README.md LICENSE ./
+COPY functional_lm ./functional_lm
+RUN pip install --no-cache-dir -c constraints.txt .
+
+RUN useradd --create-home user && mkdir -p /work/runs && chown -R user /work
+USER user
+WORKDIR /work
+ENTRYPOINT ["python", "-m", "functional_lm"]
+CMD ["--help"]

@@ -1,0 +1,274 @@
+"""The loop: every hook when it is due and with the right numbers, an end that saves, a clock that counts steps alone.
+
+The steps here are arithmetic on one number, so that what the loop adds is all that there is to see.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from functional_lm import keys, tree
+from functional_lm.errors import FunctionalLMError
+from functional_lm.training import loop
+from functional_lm.training.loop import Hooks, Outcome, Plan
+from functional_lm.training.step import Batch, Metrics, Training, TrainState
+
+EAGER = {"tokens_per_step": 10, "compile": False, "progress": False}
+KEYS = {"loss", "grad_norm", "learning_rate", "tokens_per_second"}
+
+
+def counting() -> Training:
+    """The "gradient" is the batch, so that the parameter is the sum of all batches seen; the loss is the batch."""
+
+    def init(params: Any, key: Tensor) -> TrainState:
+        return TrainState(torch.tensor(0), {"sum": torch.tensor(0.0)}, {}, key, {})
+
+    def gradients(state: TrainState, batch: Batch, microbatch: Any = 0) -> tuple[Any, Metrics]:
+        return {"sum": batch["x"]}, Metrics(batch["x"], torch.tensor(1))
+
+    def apply(state: TrainState, grads: Any, metrics: Metrics) -> tuple[TrainState, dict[str, Tensor]]:
+        norm = torch.where(grads["sum"] == UNSTABLE, torch.inf, 1.0)
+        report = {"loss": metrics.nll / metrics.tokens, "grad_norm": norm, "learning_rate": torch.tensor(0.5)}
+        return state._replace(step=state.step + 1, params=tree.add(state.params, grads)), report
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
+        return apply(state, *gradients(state, batch))
+
+    return Training(init, gradients, apply, train_step)
+
+
+UNSTABLE = -7.0  # a batch with a finite loss and an infinite gradient
+
+
+class World:
+    """Hooks that note every call in order; `on_batch(number)` gives the batch's value."""
+
+    def __init__(self, on_batch: Callable[[int], float] = float) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.records: list[tuple[int, dict[str, float]]] = []
+        self.on_batch = on_batch
+
+    def hooks(self) -> Hooks:
+        return Hooks(self.batch, self.record, self.validate, self.save)
+
+    def batch(self, number: int) -> Batch:
+        self.events.append(("batch", number))
+        return {"x": torch.tensor(self.on_batch(number))}
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        self.events.append(("validated" if "val_loss" in values else "record", step))
+        self.records.append((step, dict(values)))
+
+    def validate(self, state: TrainState) -> Mapping[str, float]:
+        self.events.append(("validate", int(state.step)))
+        return {"val_loss": 1.0}
+
+    def save(self, state: TrainState) -> None:
+        self.events.append(("save", int(state.step)))
+
+    def of(self, *kinds: str) -> list[int]:
+        return [event[1] for event in self.events if event[0] in kinds]
+
+
+def run(world: World, start: int = 0, **plan: Any) -> Outcome:
+    functions = counting()
+    state = functions.init({}, keys.key(0))._replace(step=torch.tensor(start))
+    return loop.run(state, functions, Plan(**{**EAGER, **plan}), world.hooks())
+
+
+# When -----------------------------------------------------------------------------------------------------------------
+
+
+EVERY = st.integers(0, 7)
+
+
+@given(
+    steps=st.integers(1, 20),
+    start=st.integers(0, 21),
+    eval_every=EVERY,
+    save_every=EVERY,
+    log_every=st.integers(1, 7),
+    accumulation=st.integers(1, 3),
+)
+@settings(max_examples=80)
+def test_hooks_are_called_when_due(
+    steps: int, start: int, eval_every: int, save_every: int, log_every: int, accumulation: int
+) -> None:
+    world = World()
+    outcome = run(
+        world,
+        start,
+        steps=steps,
+        eval_every=eval_every,
+        save_every=save_every,
+        log_every=log_every,
+        accumulation=accumulation,
+    )
+    numbers = range(start + 1, steps + 1)
+    last = [steps] if start < steps else []
+
+    def due(every: int) -> list[int]:
+        return [number for number in numbers if every and number % every == 0]
+
+    assert world.of("batch") == list(range(start * accumulation, steps * accumulation))
+    assert world.of("validate") == world.of("validated") == [n for n in due(eval_every) if n != steps]
+    assert world.of("save") == sorted({*due(save_every), *last})
+    assert world.of("record") == sorted({*due(log_every), *last})
+    assert (outcome.steps, outcome.interrupted) == (max(0, steps - start), False)
+    assert int(outcome.state.step) == max(steps, start)
+    assert float(outcome.state.params["sum"]) == sum(world.of("batch"))
+    assert len(outcome.rates) == max(0, steps - start - 1)
+
+
+def test_a_step_is_recorded_before_it_is_validated_and_saved() -> None:
+    world = World()
+    run(world, steps=4, eval_every=2, save_every=2)
+    assert world.events[1:7] == [
+        ("record", 1),
+        ("batch", 1),
+        ("record", 2),
+        ("validate", 2),
+        ("validated", 2),
+        ("save", 2),
+    ]
+
+
+def test_records_carry_the_steps_numbers() -> None:
+    world = World(lambda number: 100.0 + number)
+    run(world, start=3, steps=6)
+    assert [step for step, _ in world.records] == [4, 5, 6]
+    for step, values in world.records:
+        assert set(values) == KEYS
+        assert all(isinstance(value, float) for value in values.values())
+        assert (values["loss"], values["grad_norm"], values["learning_rate"]) == (100.0 + step - 1, 1.0, 0.5)
+    assert [values["tokens_per_second"] > 0 for _, values in world.records] == [False, True, True]
+
+
+def test_microbatches_are_numbered_through_and_averaged() -> None:
+    world = World()
+    run(world, steps=3, accumulation=4)
+    assert [values["loss"] for _, values in world.records] == [1.5, 5.5, 9.5]
+
+
+# The clock ------------------------------------------------------------------------------------------------------------
+
+
+def test_neither_the_first_step_nor_validating_nor_saving_counts_as_training_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A clock that moves by 2 s a batch, by 30 s in the first one, and by minutes while validating and saving."""
+    now = 0.0
+
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            return now
+
+    def wait(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def batch(number: int) -> float:
+        wait(30.0 if number == 0 else 2.0)
+        return 0.0
+
+    world = World(batch)
+    monkeypatch.setattr(loop, "time", Clock)
+    monkeypatch.setattr(world, "validate", lambda state: wait(100.0) or {"val_loss": 1.0})
+    monkeypatch.setattr(world, "save", lambda state: wait(1000.0))
+    outcome = run(world, steps=12, eval_every=3, save_every=4)
+    assert outcome.rates == [5.0] * 11
+    assert outcome.tokens_per_second == 5.0
+    assert [values["tokens_per_second"] for _, values in world.records if "loss" in values] == [0.0, *[5.0] * 11]
+
+
+def test_the_rate_is_the_median_over_the_steps_after_the_tenth() -> None:
+    state = counting().init({}, keys.key(0))
+    assert Outcome(state, rates=[1.0] * 10 + [5.0, 7.0, 600.0]).tokens_per_second == 7.0
+    assert Outcome(state, rates=[1.0, 2.0, 9.0]).tokens_per_second == 2.0
+    assert Outcome(state).tokens_per_second == 0.0
+
+
+# Ends -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """The handler that Python installs, which a process that was started in the background lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_signal_finishes_the_step_saves_and_returns(name: signal.Signals, at: int) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def batch(number: int) -> float:
+        if number == at:
+            os.kill(os.getpid(), name)
+        return float(number)
+
+    world = World(batch)
+    outcome = run(world, steps=8, eval_every=1, log_every=5)
+    assert (outcome.interrupted, outcome.steps, int(outcome.state.step)) == (True, at + 1, at + 1)
+    assert world.events[-2:] == [("record", at + 1), ("save", at + 1)]
+    assert world.of("save") == [at + 1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_in_the_last_step_is_no_interruption() -> None:
+    world = World(lambda number: float(os.kill(os.getpid(), signal.SIGINT) or number) if number == 2 else 0.0)
+    assert not run(world, steps=3).interrupted
+    assert world.of("save") == [3]
+
+
+def test_the_second_signal_ends_at_once() -> None:
+    def batch(number: int) -> float:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0.0
+
+    handler = signal.getsignal(signal.SIGINT)
+    world = World(batch)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, steps=8)
+    assert world.events[-1] == ("batch", 1)
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_outside_the_main_thread_it_runs_without_handling_signals() -> None:
+    world = World()
+    thread = threading.Thread(target=run, args=(world,), kwargs={"steps": 3})
+    thread.start()
+    thread.join()
+    assert world.of("save") == [3]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(math.nan, "the loss is nan"), (math.inf, "the loss is inf"), (UNSTABLE, "the gradient norm is inf")],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_is_not_finite_raises_before_it_is_recorded_or_saved(
+    value: float, message: str, accumulation: int
+) -> None:
+    bad = 2 * accumulation  # the first microbatch of the third step
+    values = {bad: value, bad + 1: 0.0}
+    world = World(lambda number: values.get(number, 1.0))
+    with pytest.raises(FunctionalLMError, match=f"^{message} at step 3; lower --learning_rate"):
+        run(world, steps=8, save_every=1, eval_every=1, accumulation=accumulation)
+    assert world.of("record") == world.of("save") == [1, 2]
