@@ -17,7 +17,7 @@ from torch import Tensor
 from functional_lm import keys
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.linear import linear
-from functional_lm.model.norm import norm, wide
+from functional_lm.model.norm import norm
 from functional_lm.model.positions import Rotation, rotate
 from functional_lm.tree import Tree
 
@@ -63,13 +63,13 @@ def standard(
 ) -> Float[Tensor, "*B H T E"]:
     """softmax(q kᵀ / √E) v written out: vmaps, differentiates any number of times, drops by key.
 
-    The G queries of a key head are rows of one product, so grouped heads copy nothing. Softmax in float32 at
-    least.
+    The G queries of a key head are rows of one product, so grouped heads copy nothing. The softmax computes in
+    float32 and keeps its result, which the backward pass reads, in the inputs' dtype.
     """
     (time, width), groups = query.shape[-2:], query.shape[-3] // key.shape[-3]
     batch, heads, length = key.shape[:-3], key.shape[-3], key.shape[-2]
     scores = query.reshape(*batch, heads, groups * time, width) @ key.mT
-    scores = wide(scores.reshape(*batch, heads, groups, time, length)) * (1 / math.sqrt(width))
+    scores = scores.reshape(*batch, heads, groups, time, length) * (1 / math.sqrt(width))
     if mask is None:
         index = torch.arange(length, device=query.device)
         mask = visible(index[length - time :], index)

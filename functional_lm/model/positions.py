@@ -31,8 +31,10 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) 
     `original / low` by `factor`, and goes smoothly from one to the other in between.
     """
     width = config.rotary_width
+    # θ^-e written with exp: Inductor keeps tables that cost an exponential, and computes cheaper ones again in every
+    # layer and head that reads them.
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    frequency = 1.0 / (config.rope_theta**exponent)
+    frequency = torch.exp(-math.log(config.rope_theta) * exponent)
     if config.rope_scaling is None:
         return frequency
     factor, low, high, original = config.rope_scaling
@@ -41,24 +43,27 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) 
     return frequency * (smooth + (1 - smooth) / factor)
 
 
-def rotation(config: ModelConfig, positions: Int[Tensor, "*T"], longest: int) -> Rotation:
-    """The angles at `positions` (< `longest`).
+def rotary_table(config: ModelConfig, longest: int, device: torch.device | None = None) -> Rotation:
+    """The angles at 0 .. longest - 1, in order: what a forward without a cache reads, and vectorises, directly."""
+    angle = torch.arange(longest, dtype=torch.float32, device=device)[:, None] * rotary_frequencies(config, device)
+    return Rotation(angle.cos(), angle.sin())
 
-    They are looked up in a table rather than computed in place: a gather is a boundary that Inductor does not fuse
-    across, so that sines are taken once a step and not again in every layer for every head.
-    """
-    frequency = rotary_frequencies(config, positions.device)
-    angle = torch.arange(longest, dtype=torch.float32, device=positions.device)[:, None] * frequency
-    return Rotation(angle.cos()[positions], angle.sin()[positions])
+
+def rotation(config: ModelConfig, positions: Int[Tensor, "*T"], longest: int) -> Rotation:
+    """The angles at any `positions`, each below `longest`."""
+    cos, sin = rotary_table(config, longest, positions.device)
+    return Rotation(cos[positions], sin[positions])
 
 
 def rotate(x: Float[Tensor, "*B heads T E"], by: Rotation) -> Float[Tensor, "*B heads T E"]:
     """Rotate the first 2*half dimensions of each head in the half-split pairing (i, i + half), in float32 at least."""
     half = by.cos.shape[-1]
-    first, second, rest = wide(x[..., :half]), wide(x[..., half : 2 * half]), x[..., 2 * half :]
+    turned, rest = (x, None) if x.shape[-1] == 2 * half else x.tensor_split([2 * half], dim=-1)
+    # Halves as an axis rather than as slices: the gradient of unbind is one stack, that of slices pads with zeros.
+    first, second = (wide(part) for part in turned.unflatten(-1, (2, half)).unbind(-2))
     cos, sin = (angle if angle.dim() == 2 else angle.unsqueeze(-3) for angle in by)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-2).to(x.dtype)
+    return turned if rest is None else torch.cat([turned, rest], dim=-1)
 
 
 def sinusoids(width: int, longest: int, device: torch.device | None = None) -> Float[Tensor, "C D"]:

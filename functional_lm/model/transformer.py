@@ -22,7 +22,7 @@ from functional_lm.model.attention import Context, attention, drop, visible
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.linear import embed, linear, unembed
 from functional_lm.model.norm import norm, wide
-from functional_lm.model.positions import restart, rotation, sinusoids
+from functional_lm.model.positions import restart, rotary_table, rotation, sinusoids
 from functional_lm.tree import Tree
 
 IGNORED = -100  # a target that is not predicted
@@ -122,8 +122,15 @@ def abstract(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tree:
 
 # The forward ----------------------------------------------------------------------------------------------------------
 
+
+def gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """GPT-2's GELU (arXiv 1606.08415, section 2): x σ(2u) is its x (1 + tanh u) / 2, and the cheaper form to compute."""
+    y = wide(x)
+    return (y * torch.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))).to(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": gelu,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
@@ -242,7 +249,9 @@ def _context(
     documents: Int[Tensor, "*#B T"] | None,
     cached: bool,
 ) -> Context:
-    turned = rotation(config, positions, longest) if config.positions == "rope" else None
+    turned = None
+    if config.positions == "rope":
+        turned = rotation(config, positions, longest) if cached else rotary_table(config, longest, positions.device)
     index = torch.arange(longest, device=positions.device)
     if cached:
         return Context(turned, visible(positions, index, config.sliding_window), positions)
