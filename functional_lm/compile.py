@@ -32,8 +32,9 @@ def compiled(
     """`function` as one compiled graph per set of shapes; not `enabled`: the function itself.
 
     With `donate`, `function(state, ...) -> (new_state, report)` becomes a function that writes the new state into the
-    tensors of the old one and returns them: the caller's `state` is used up. Shapes are static; nothing is ever split
-    into several graphs (an error is raised instead).
+    tensors of the old one and returns them: the caller's `state` is used up. A new leaf is a new value, or the old
+    leaf in its own place; leaves that change places would be overwritten before they are read. Shapes are static;
+    nothing is ever split into several graphs (an error is raised instead).
     """
     if not enabled:
         return function

@@ -61,10 +61,10 @@ class TrainOptions:
     vocab_size: int = option(4096, "vocabulary of a tokenizer trained here", low=8, high=1_000_000, group="Text")
     val_fraction: float = option(0.05, "share of the tokens kept for validation", low=0, below=1, group="Text")
     document_masking: bool = option(False, "packed documents do not attend to each other", group="Text")
-    steps: int = option(1000, "optimizer steps", low=1)
-    batch_size: int = option(16, "rows in a microbatch", low=1)
+    steps: int = option(900, "optimizer steps", low=1)
+    batch_size: int = option(8, "rows in a microbatch", low=1)
     block_size: int | None = option(None, "tokens in a row; the model's max_len if not given", low=1)
-    learning_rate: float = option(2e-3, "peak learning rate", above=0)
+    learning_rate: float = option(3e-3, "peak learning rate", above=0)
     min_learning_rate: float | None = option(None, "last learning rate; a tenth of the peak if not given", low=0)
     optimizer: str = option("adamw", "optimizer", choices=("adamw",))
     schedule: str = option("cosine", "learning rate over time", choices=("cosine", "constant"))
@@ -485,7 +485,7 @@ def _finish(
     console.say(
         f"{console.count(outcome.tokens_per_second)} tokens/s, {console.duration(summary['wall_seconds'])} in all"
     )
-    console.say(f"the model is in {out}; go on with: python -m functional_lm.generate --model {out} --prompt 'def '")
+    console.say(f"the model is in {out}; go on with: python -m functional_lm.generate --model {out} --prompt TEXT")
     return 0
 
 

@@ -124,7 +124,7 @@ def abstract(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tree:
 
 
 def gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """GPT-2's GELU (arXiv 1606.08415, section 2): x σ(2u) is its x (1 + tanh u) / 2, and the cheaper form to compute."""
+    """GPT-2's GELU (arXiv 1606.08415, section 2): x σ(2u) is x (1 + tanh u) / 2, and cheaper to compute."""
     y = wide(x)
     return (y * torch.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))).to(x.dtype)
 
@@ -205,6 +205,8 @@ def hidden(
     stands, and a slot sees its rows up to there. Raises UsageError for more tokens than learned positions.
     """
     model = params["model"]
+    if positions is not None and cache is None:
+        raise ValueError("positions belong to a cache; without one a row's tokens stand at 0, 1, 2, ...")
     if positions is None:
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
         if documents is not None and config.positions in ("learned", "sinusoidal"):
