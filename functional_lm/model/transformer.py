@@ -124,9 +124,12 @@ def abstract(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tree:
 
 
 def gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """GPT-2's GELU (arXiv 1606.08415, section 2): x σ(2u) is x (1 + tanh u) / 2, and cheaper to compute."""
+    """GPT-2's GELU (arXiv 1606.08415, section 2): x σ(2u) is x (1 + tanh u) / 2, and cheaper to compute.
+
+    The gate has x's dtype, because the backward pass keeps it.
+    """
     y = wide(x)
-    return (y * torch.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))).to(x.dtype)
+    return x * torch.sigmoid((1.5957691216057308 * (y + 0.044715 * y * y * y)).to(x.dtype))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
