@@ -76,13 +76,15 @@ def run_tokenizer(options: TokenizerFlags) -> int:
 
 
 def run_prepare(options: PrepareFlags) -> int:
-    from functional_lm.text import corpus, prepare, tokenizer
+    from functional_lm.text import corpus, prepare, storage, tokenizer
 
     loaded = tokenizer.load(options.tokenizer)
     found = corpus.find(options.data, downloads(options))
     made = prepare.prepare(found, options.out, loaded, options.threads, deduplicate=options.deduplicate)
     console.say(describe(made) + (" (made earlier from the same files, kept)" if made.reused else ""))
-    console.say(f"the dataset is {options.out}.bin with {options.out}.index; train on it with --data {options.out}.bin")
+    name = storage.name_of(options.out)
+    console.say(f"the dataset is {name}.bin with {name}.index")
+    console.say(f"train on it with --data {name}.bin --tokenizer {options.tokenizer}")
     return 0
 
 

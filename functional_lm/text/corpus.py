@@ -167,6 +167,8 @@ def _files_of(item: str, downloads: Downloads) -> list[Path]:
     path = os.path.expanduser(item)
     if os.path.isdir(path):
         found = _without_companions(_walk(Path(path)))
+    elif readers.is_dataset(Path(path)):
+        found = [Path(path)]  # `check` looks for both of its files
     elif os.path.isfile(path):
         if os.path.getsize(path) == 0:
             raise DataError(f"{item} is empty; a data file must hold text")
