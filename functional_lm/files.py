@@ -9,12 +9,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-TEMPORARY = ".tmp-"
+from functional_lm.errors import DataError
+
+if sys.platform != "win32":
+    import fcntl
+
+TEMPORARY, UNFINISHED = ".tmp-", ".part-"
 
 
 def sync(path: Path) -> None:
@@ -119,3 +125,99 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+# Work that goes on after a kill ---------------------------------------------------------------------------------------
+
+
+class Journal:
+    """Append-only files in a folder, and a note of how far they are valid: what a killed writer goes on from.
+
+    `memory` is what the last `commit` noted (JSON, not None): None in a fresh one, or where the note was made for
+    another `key` or no longer fits the files.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self._key = folder, key
+        self.memory: Any = None
+        self._lengths: dict[str, int] = {}
+        self._streams: dict[str, IO[bytes]] = {}
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            note = read_json(folder / "journal.json")
+            held = all((folder / name).stat().st_size >= length for name, length in note["lengths"].items())
+            if note["key"] == key and held:
+                self.memory, self._lengths = note["memory"], note["lengths"]
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file of the folder to read and to write, cut to its valid length, at its end."""
+        stream: IO[bytes] = (self.folder / name).open("a+b" if name in self._lengths else "w+b")
+        stream.truncate(self._lengths.get(name, 0))
+        stream.seek(0, os.SEEK_END)
+        self._streams[name] = stream
+        return stream
+
+    def commit(self, memory: Any) -> None:
+        """What is written by now is valid, and `memory` belongs to it."""
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._lengths = {name: os.fstat(stream.fileno()).st_size for name, stream in self._streams.items()}
+        write_json(self.folder / "journal.json", {"key": self._key, "lengths": self._lengths, "memory": memory})
+        self.memory = memory
+
+    def discard(self) -> None:
+        """There is nothing to go on from."""
+        self.memory = None
+
+    def finish(self, name: str, path: Path) -> None:
+        """A file of the folder is whole: it is synced and takes the place of `path`."""
+        stream = self._streams.pop(name)
+        stream.flush()
+        os.fsync(stream.fileno())
+        stream.close()
+        replace(self.folder / name, path)
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+
+@contextmanager
+def journal(path: Path, key: str) -> Iterator[Journal]:
+    """The journal of what will be `path`, in a folder beside it, held by one process at a time.
+
+    The folder goes when the block ends; when it ends with an error, what was committed stays, and the next call with
+    the same key goes on from there. Raises DataError while another process holds it.
+    """
+    folder = path.parent / f"{UNFINISHED}{path.name}"
+    with _held(folder, path):
+        made = Journal(folder, key)
+        try:
+            yield made
+        except BaseException:
+            made.close()
+            if made.memory is None:
+                remove(folder)
+            raise
+        made.close()
+        remove(folder)
+
+
+@contextmanager
+def _held(folder: Path, path: Path) -> Iterator[None]:
+    """The folder, locked (where the system has such locks)."""
+    held = False
+    while not held:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "ab") as lock:
+            if sys.platform != "win32":
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise DataError(
+                        f"another process is writing {path}; wait for it, or choose another place"
+                    ) from None
+            with suppress(FileNotFoundError):  # whoever held it may have removed it just now
+                held = os.fstat(lock.fileno()).st_ino == (folder / "lock").stat().st_ino
+            if held:
+                yield

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from functional_lm import console
 from functional_lm.cli import Command
+from functional_lm.errors import UsageError
 from functional_lm.options import REQUIRED, option
 
 if TYPE_CHECKING:
+    from functional_lm.text.download import Downloads
     from functional_lm.text.prepare import Summary
 
-SOURCES = "files, folders, globs, .jsonl, or stdlib; several with commas"
-KINDS = ("bpe",)
+SOURCES = "files, folders, globs, http(s) addresses, stdlib, commas between; SRC=2 weighs twice"
+KINDS = ("bpe", "unigram", "char", "bytes", "wordchar")
+
+
+def max_download() -> Any:
+    return option(4_000_000_000, "most bytes of a file that an address names", low=1, group="Addresses")
+
+
+def download_folder() -> Any:
+    return option(None, "where downloads are kept; ~/.cache/functional_lm/downloads if not given", group="Addresses")
 
 
 @dataclass(frozen=True)
 class TokenizerFlags:
     """Flags of `train-tokenizer`."""
 
-    data: str = option(REQUIRED, f"text to learn from: {SOURCES}", aliases=("data_path",))
     out: str = option(REQUIRED, "folder to write the tokenizer to", aliases=("output_dir",))
+    data: str | None = option(None, f"text to learn from (bytes need none): {SOURCES}", aliases=("data_path",))
     tokenizer_type: str = option("bpe", "kind of tokenizer", choices=KINDS)
-    vocab_size: int = option(4096, "tokens in the vocabulary", low=8, high=1_000_000)
+    vocab_size: int = option(4096, "tokens: exactly of bpe, unigram; at most of char, wordchar", low=8, high=1_000_000)
+    max_download: int = max_download()
+    download_folder: str | None = download_folder()
 
 
 @dataclass(frozen=True)
@@ -34,31 +46,60 @@ class PrepareFlags:
     data: str = option(REQUIRED, f"text to encode: {SOURCES}", aliases=("data_path",))
     out: str = option(REQUIRED, "dataset to write: NAME for NAME.bin and NAME.index")
     tokenizer: str = option(REQUIRED, "tokenizer file or folder", aliases=("tokenizer_path",))
+    deduplicate: bool = option(True, "drop documents that equal an earlier one")
+    threads: int | None = option(None, "processes that encode; all cores if not given", low=1)
+    max_download: int = max_download()
+    download_folder: str | None = download_folder()
+
+
+def downloads(options: Any) -> Downloads:
+    """How addresses are got, from the flags that say so."""
+    from functional_lm.text.download import Downloads
+
+    return Downloads(options.max_download, Path(options.download_folder) if options.download_folder else None)
 
 
 def run_tokenizer(options: TokenizerFlags) -> int:
-    from functional_lm.text import prepare
+    from functional_lm.text import corpus, prepare, tokenizer
 
-    with console.announced(f"training a {options.tokenizer_type} tokenizer of {options.vocab_size}"):
-        tokenizer = prepare.train_tokenizer(options.data, options.tokenizer_type, options.vocab_size)
-    tokenizer.save(Path(options.out))
-    console.say(f"the tokenizer is in {options.out}: {tokenizer.vocab_size} tokens, digest {tokenizer.digest[:12]}")
+    if options.data is None and options.tokenizer_type != "bytes":
+        raise UsageError(f"--data is required: a {options.tokenizer_type} tokenizer learns from text")
+    found = corpus.find(options.data, downloads(options)) if options.data is not None else None
+    with console.announced(f"making a {options.tokenizer_type} tokenizer"):
+        if found is None:
+            made = tokenizer.train((), options.tokenizer_type)
+        else:
+            made = prepare.train_tokenizer(found, options.tokenizer_type, options.vocab_size)
+    made.save(Path(options.out))
+    console.say(f"the tokenizer is in {options.out}: {made.vocab_size} tokens, digest {made.digest[:12]}")
     return 0
 
 
 def run_prepare(options: PrepareFlags) -> int:
-    from functional_lm.text import prepare, tokenizer
+    from functional_lm.text import corpus, prepare, storage, tokenizer
 
-    made = prepare.prepare(options.data, options.out, tokenizer.load(options.tokenizer))
+    loaded = tokenizer.load(options.tokenizer)
+    found = corpus.find(options.data, downloads(options))
+    made = prepare.prepare(found, options.out, loaded, options.threads, deduplicate=options.deduplicate)
     console.say(describe(made) + (" (made earlier from the same files, kept)" if made.reused else ""))
-    console.say(f"the dataset is {options.out}.bin with {options.out}.index; train on it with --data {options.out}.bin")
+    name = storage.name_of(options.out)
+    console.say(f"the dataset is {name}.bin with {name}.index")
+    console.say(f"train on it with --data {name}.bin --tokenizer {options.tokenizer}")
     return 0
 
 
 def describe(made: Summary) -> str:
-    return (
-        f"{console.count(made.bytes)} bytes in {console.count(made.documents)} documents are "
-        f"{console.count(made.tokens)} tokens of {made.bytes / made.tokens:.2f} bytes"
+    left_out = [
+        f"{console.count(number)} {what}"
+        for number, what in ((made.duplicates, "duplicates dropped"), (made.passed_over, "left out by their weight"))
+        if number
+    ]
+    return ", ".join(
+        [
+            f"{console.count(made.bytes)} bytes in {console.count(made.documents)} documents are "
+            f"{console.count(made.tokens)} tokens of {made.bytes / made.tokens:.2f} bytes",
+            *left_out,
+        ]
     )
 
 

@@ -25,12 +25,13 @@ from functional_lm.errors import UsageError
 from functional_lm.model import config as model_config
 from functional_lm.model.config import ModelConfig
 from functional_lm.options import option
-from functional_lm.prepare import describe
+from functional_lm.prepare import KINDS, SOURCES, describe, download_folder, downloads, max_download
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from functional_lm.evaluation.likelihood import Likelihood
+    from functional_lm.text.corpus import Corpus
     from functional_lm.text.dataset import View
     from functional_lm.text.tokenizer import Tokenizer
     from functional_lm.training.loop import Outcome
@@ -43,7 +44,8 @@ PROMPT = 16  # tokens of the validation text that the sample goes on from
 # The rest may change when a run is resumed; these would make it another run.
 FIXED = (
     "data", "model", "preset", "config", "tokenizer", "tokenizer_type", "vocab_size", "val_fraction", "batch_size",
-    "block_size", "gradient_accumulation_steps", "optimizer", "dtype", "seed", "document_masking",
+    "block_size", "gradient_accumulation_steps", "optimizer", "dtype", "seed", "document_masking", "deduplicate",
+    "packing",
 )  # fmt: skip
 
 
@@ -51,15 +53,20 @@ FIXED = (
 class TrainOptions:
     """Flags of `pretrain`; any field of the model configuration is a flag too."""
 
-    data: str = option("stdlib", "text to learn: files, folders, globs, .jsonl, stdlib, a .bin", aliases=("data_path",))
+    data: str = option("stdlib", f"text to learn: {SOURCES}; or tokens: NAME.bin", aliases=("data_path",))
+    use_lmsys_dataset: str | None = option(
+        None, "LMSYS-Chat-1M, a file or folder: learned beside --data, alone if that is not given"
+    )
     out: str = option(DEFAULT_OUT, "run folder to write", aliases=("output_dir",))
     model: str | None = option(None, "model folder to go on from", aliases=("model_path",), group="Model")
     preset: str | None = option(None, "named architecture", choices=tuple(model_config.PRESETS), group="Model")
     config: str | None = option(None, "architecture from a JSON file", group="Model")
     tokenizer: str | None = option(None, "tokenizer file or folder to use", aliases=("tokenizer_path",), group="Text")
-    tokenizer_type: str = option("bpe", "kind of tokenizer to train", choices=("bpe",), group="Text")
+    tokenizer_type: str = option("bpe", "kind of tokenizer to train", choices=KINDS, group="Text")
     vocab_size: int = option(4096, "vocabulary of a tokenizer trained here", low=8, high=1_000_000, group="Text")
     val_fraction: float = option(0.05, "share of the tokens kept for validation", low=0, below=1, group="Text")
+    deduplicate: bool = option(True, "drop documents that equal an earlier one", group="Text")
+    packing: bool = option(True, "rows side by side over all text; false: (a part of) one document a row", group="Text")
     document_masking: bool = option(False, "packed documents do not attend to each other", group="Text")
     steps: int = option(900, "optimizer steps", low=1)
     batch_size: int = option(8, "rows in a microbatch", low=1)
@@ -88,6 +95,8 @@ class TrainOptions:
     resume: str = option(
         "auto", "auto: go on from the newest checkpoint in --out; never; or a checkpoint", group="Records"
     )
+    max_download: int = max_download()
+    download_folder: str | None = download_folder()
     overwrite: bool = option(False, "replace a run that --out already holds", group="Records")
     sample_tokens: int = option(120, "tokens of the sample at the end; 0: none", low=0, group="Records")
 
@@ -104,22 +113,33 @@ def run(options: TrainOptions, overrides: dict[str, Any]) -> int:
     """The whole job; returns the exit code. Wrong flags are refused before anything is written."""
     started = time.perf_counter()
     out = Path(options.out)
-    _check(options, overrides)
+    options = dataclasses.replace(options, data=_source(options))
+    found = _check(options, overrides)
     options = _resolve_machine(options)
     checkpoint = _checkpoint_to_resume(options, overrides, out)
     if checkpoint is not None and _is_complete(options, checkpoint, out):
         return 0
-    tokenizer, config, params = _tokenizer_and_model(options, overrides, out, checkpoint)
+    tokenizer, config, params = _tokenizer_and_model(options, overrides, found, out, checkpoint)
     options = dataclasses.replace(options, block_size=options.block_size or config.max_len)
-    text = _text(options, tokenizer, out)
+    text = _text(options, tokenizer, found, out)
     return _train(options, tokenizer, config, params, text, out, checkpoint, started)
 
 
 # Before any work ------------------------------------------------------------------------------------------------------
 
 
-def _check(options: TrainOptions, overrides: dict[str, Any]) -> None:
-    """Contradictions between flags; each flag by itself has been checked already."""
+def _source(options: TrainOptions) -> str:
+    """`--data`, and what the flag of the first original adds to it."""
+    if options.use_lmsys_dataset is None:
+        return options.data
+    given = options.data != TrainOptions.data
+    return f"{options.data},{options.use_lmsys_dataset}" if given else options.use_lmsys_dataset
+
+
+def _check(options: TrainOptions, overrides: dict[str, Any]) -> Corpus:
+    """Contradictions between flags (each by itself has been checked already); returns the text, which is there."""
+    from functional_lm.text import corpus
+
     given = [name for name in ("model", "preset", "config") if getattr(options, name) is not None]
     if len(given) > 1:
         raise UsageError(f"--{given[0]} and --{given[1]} both name an architecture; give one of them")
@@ -135,16 +155,10 @@ def _check(options: TrainOptions, overrides: dict[str, Any]) -> None:
         raise UsageError(f"--block_size {options.block_size} is longer than the model's --max_len {longest}")
     if _is_dataset(options.data) and options.model is None and options.tokenizer is None:
         raise UsageError(f"--data {options.data} is tokens already; give the --tokenizer that made them, or a --model")
+    found = corpus.find(options.data, downloads(options))
     if options.overwrite:
-        _check_overwrite(options)
-    _look_up(options.data)
-
-
-def _look_up(source: str) -> None:
-    """Raise DataError unless the text or the tokens are there."""
-    from functional_lm.text import corpus, dataset
-
-    dataset.open_dataset(source) if _is_dataset(source) else corpus.files(source)
+        _check_overwrite(options, found)
+    return found
 
 
 def _is_dataset(source: str) -> bool:
@@ -152,7 +166,7 @@ def _is_dataset(source: str) -> bool:
     return Path(source).suffix == ".bin"
 
 
-def _check_overwrite(options: TrainOptions) -> None:
+def _check_overwrite(options: TrainOptions, found: Corpus) -> None:
     """What `--overwrite` removes is a run, and nothing that the new one reads."""
     out = Path(options.out)
     if options.resume not in ("auto", "never"):
@@ -160,7 +174,7 @@ def _check_overwrite(options: TrainOptions) -> None:
     if out.exists() and any(out.iterdir()) and not _holds_model(out) and not (out / "run.json").exists():
         raise UsageError(f"--overwrite replaces a run and {out} holds something else; choose another --out")
     read = [(name, getattr(options, name)) for name in ("model", "config", "tokenizer")]
-    for name, value in [*read, *(("data", item) for item in options.data.split(","))]:
+    for name, value in [*read, *(("data", path) for path in found.files)]:
         if value is not None and Path(value).resolve().is_relative_to(out.resolve()):
             raise UsageError(f"--overwrite would remove --{name} {value}; choose another --out")
 
@@ -250,7 +264,7 @@ def _is_complete(options: TrainOptions, checkpoint: Path, out: Path) -> bool:
 
 
 def _tokenizer_and_model(
-    options: TrainOptions, overrides: dict[str, Any], out: Path, checkpoint: Path | None
+    options: TrainOptions, overrides: dict[str, Any], found: Corpus, out: Path, checkpoint: Path | None
 ) -> tuple[Tokenizer, ModelConfig, Tree]:
     """What is trained: the parts of `--model`, or a tokenizer from the text and a fresh tree from the seed."""
     import torch
@@ -269,7 +283,7 @@ def _tokenizer_and_model(
             tokenizer = tokenizers.load(options.tokenizer)
         else:
             with console.announced(f"training a {options.tokenizer_type} tokenizer of {options.vocab_size}"):
-                tokenizer = prepare.train_tokenizer(options.data, options.tokenizer_type, options.vocab_size)
+                tokenizer = prepare.train_tokenizer(found, options.tokenizer_type, options.vocab_size)
         config = _architecture(options, overrides, tokenizer.vocab_size)
         params = transformer.init(config, keys.fold_in_name(keys.key(options.seed, options.device), "init"))
     if options.overwrite:
@@ -293,19 +307,14 @@ def _versions() -> dict[str, Any]:
     }
 
 
-def _text(options: TrainOptions, tokenizer: Tokenizer, out: Path) -> Text:
+def _text(options: TrainOptions, tokenizer: Tokenizer, found: Corpus, out: Path) -> Text:
     from functional_lm.text import dataset, prepare
 
     assert options.block_size is not None
-    if _is_dataset(options.data):
-        data = dataset.open_dataset(options.data, tokenizer)
-        console.say(f"{console.count(len(data.tokens))} tokens in {console.count(data.documents)} documents")
-    else:
-        made = prepare.prepare(options.data, out / "data" / "text", tokenizer)
-        console.say(describe(made))
-        data = dataset.open_dataset(out / "data" / "text", tokenizer)
+    data, made = prepare.dataset_of(found, out / "data" / "text", tokenizer, options.deduplicate)
+    console.say(describe(made))
     train, validation = dataset.split(data, options.val_fraction, options.seed)
-    dataset.windows_per_epoch(train, options.block_size)  # refuses a text shorter than one block
+    dataset.windows_per_epoch(train, options.block_size, options.packing)  # refuses a text shorter than one block
     return Text(train, validation, dataset.predicted_bytes(validation, tokenizer.byte_lengths))
 
 
@@ -392,7 +401,7 @@ def _batch(options: TrainOptions, view: View, number: int) -> dict[str, Tensor]:
     from functional_lm.text import dataset
 
     assert options.block_size is not None
-    arrays = dataset.batch(view, number, options.batch_size, options.block_size, options.seed)
+    arrays = dataset.batch(view, number, options.batch_size, options.block_size, options.seed, options.packing)
     return _tensors(options, arrays)
 
 

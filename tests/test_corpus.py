@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_lm.errors import DataError, UsageError
-from functional_lm.text import corpus
+from functional_lm.text import corpus, dataset, download, readers
+from functional_lm.text.document import text_of
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
@@ -28,7 +29,8 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def read(source: object) -> list[str]:
-    return list(corpus.documents(str(source)))
+    """The documents of a source, as text."""
+    return ["".join(text_of([document])) for document in corpus.documents(str(source))]
 
 
 # What is read -----------------------------------------------------------------------------------------------------
@@ -70,43 +72,125 @@ def test_documents_are_read_one_at_a_time(tmp_path: Path) -> None:
     write(tmp_path / "1.txt", "first")
     second = write(tmp_path / "2.txt", "second")
     documents = corpus.documents(str(tmp_path))
-    assert next(documents) == "first"
+    assert next(documents) == ("first",)
     second.unlink()
     with pytest.raises(DataError, match=r"2\.txt"):
         next(documents)
 
 
 def test_the_standard_library_comes_without_its_tests() -> None:
-    paths = corpus.files("stdlib")
+    paths = corpus.find("stdlib").files
     names = {path.name for path in paths}
     assert {"os.py", "ast.py", "dataclasses.py"} <= names
     folders = {part for path in paths for part in path.relative_to(Path(json.__file__).parents[1]).parts[:-1]}
     assert not folders & corpus.STDLIB_SKIPPED
     assert paths == sorted(paths, key=Path.as_posix)
-    assert corpus.size("stdlib") > 3_000_000
-    assert next(corpus.documents("stdlib")).encode() == next(p for p in paths if p.stat().st_size).read_bytes()
+    assert corpus.find("stdlib").size > 3_000_000
+    first = next(p for p in paths if p.stat().st_size)
+    assert "".join(text_of([next(corpus.documents("stdlib"))])).encode() == first.read_bytes()
 
 
-def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
+def test_the_fingerprint_follows_files_and_weights(tmp_path: Path) -> None:
+    def fingerprint(source: object) -> str:
+        return corpus.find(str(source)).fingerprint
+
     path = write(tmp_path / "a.txt", "one")
-    before = corpus.fingerprint(str(tmp_path))
-    assert corpus.fingerprint(str(path)) == before == corpus.fingerprint(str(tmp_path))
+    before = fingerprint(tmp_path)
+    assert fingerprint(path) == before == fingerprint(tmp_path)
+    weighted = fingerprint(f"{path}=2")
     write(path, "three")
-    changed = corpus.fingerprint(str(tmp_path))
+    changed = fingerprint(tmp_path)
     write(tmp_path / "b.txt", "two")
-    assert len({before, changed, corpus.fingerprint(str(tmp_path))}) == 3
+    assert len({before, weighted, changed, fingerprint(tmp_path)}) == 4
+
+
+@pytest.mark.parametrize("text", ["", "=2", "=0.25", "=.5", "=3."])
+def test_an_item_may_have_a_weight(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "b" / "1.txt", "one")
+    write(tmp_path / "b" / "2.txt", "two")
+    found = corpus.find(f"{write(tmp_path / 'a.txt', 'a')}, {tmp_path}/b{text}")
+    assert [weight for _, weight in found.parts] == [1.0, *[float(text[1:] or 1)] * 2]
+    assert read(found.source) == ["a", "one", "two"]  # each once: what is made of a weight is the dataset's to say
+
+
+def test_a_file_may_have_a_name_like_a_weight(tmp_path: Path) -> None:
+    write(tmp_path / "a", "not this")
+    assert read(write(tmp_path / "a=2", "this")) == ["this"]
+
+
+@pytest.mark.parametrize(
+    ("item", "address", "weight"),
+    [
+        ("https://h/a.txt=2", "https://h/a.txt", 2),
+        ("https://h/a?dl=1", "https://h/a?dl=1", 1),
+        ("https://h/a?x=0&dl=1", "https://h/a?x=0&dl=1", 1),
+        ("https://h/a?x&dl=1=0.5", "https://h/a?x&dl=1", 0.5),
+        (f"https://h/a#sha256={'1' * 64}", f"https://h/a#sha256={'1' * 64}", 1),
+        (f"https://h/a?b=1#sha256={'1' * 64}=3", f"https://h/a?b=1#sha256={'1' * 64}", 3),
+    ],
+)
+def test_a_weight_is_told_from_the_end_of_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, item: str, address: str, weight: float
+) -> None:
+    asked: list[str] = []
+
+    def fetch(address: str, downloads: download.Downloads) -> Path:
+        asked.append(address)
+        return write(tmp_path / "fetched.txt", "text")
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    assert corpus.find(item).parts == ((tmp_path / "fetched.txt", weight),)
+    assert asked == [address]
+
+
+def test_the_companions_of_a_dataset_are_no_documents(tmp_path: Path) -> None:
+    with dataset.writing(tmp_path / "v1.5", 10, 1, "ab" * 32) as writer:
+        writer.append([5])
+    write(tmp_path / "v1.5.json", "{}")
+    write(tmp_path / "other.json", "[]")
+    for source in (tmp_path, f"{tmp_path}/*"):
+        assert [path.name for path in corpus.find(str(source)).files] == ["other.json", "v1.5.bin"]
+
+
+@given(lengths=st.lists(st.integers(0, 3), min_size=1, max_size=4), data=st.data())
+def test_reading_goes_on_from_any_place(folder: Path, lengths: list[int], data: st.DataObject) -> None:
+    for number, length in enumerate(lengths):
+        rows = [{"text": f"{number} {row}" if row != 1 else ""} for row in range(length)]
+        write(folder / "places" / f"{number}.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
+    found = corpus.find(f"{folder}/places/[{''.join(map(str, range(len(lengths))))}].jsonl")
+    if not any(lengths):
+        return
+    everything = list(corpus.entries(found))
+    assert [entry.end for entry in everything] == sorted(entry.end for entry in everything)
+    assert everything[-1].end <= found.size
+    number = data.draw(st.integers(0, len(everything) - 1))
+    assert list(corpus.entries(found, everything[number].place)) == everything[number + 1 :]
+
+
+def test_a_long_text_is_read_in_segments_of_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "SEGMENT_BYTES", 10)
+    for text in ("ä\n" * 20, "\ufeffa\r\nb\n" + "x" * 35 + "\n\nend", "x" * 40, "\n" * 25):
+        (found,) = corpus.documents(str(write(tmp_path / "a.txt", text)))
+        first, second = list(found), list(found)
+        assert first == second
+        assert "".join(map(str, first)) == text.removeprefix("\ufeff")
+        assert all(str(segment).endswith("\n") for segment in first[:-1])
+    with pytest.raises(DataError, match=r"a\.txt: byte 32 \(0xff\)"):
+        read(write(tmp_path / "a.txt", b"\xef\xbb\xbfabcdefg\n" + b"\n" * 21 + b"\xff"))
 
 
 # What is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["", "  ", "{0},", "{0},,{0}"])
+@pytest.mark.parametrize("source", ["", "  ", "{0},", "{0},,{0}", "{0}=0", "{0}=1001", "https://", "http://h:x/a"])
 def test_a_source_that_says_nothing_is_a_wrong_usage(tmp_path: Path, source: str) -> None:
     with pytest.raises(UsageError):
         corpus.documents(source.format(write(tmp_path / "a.txt", "a")))
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "no/such/folder", "*.nothing", "empty.txt", "hollow", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["missing.txt", "missing.txt=2", "no/such/folder", "*.nothing", "empty.txt", "hollow", "x" * 300]
+)
 def test_what_is_not_there_is_refused_before_anything_is_read(tmp_path: Path, name: str) -> None:
     write(tmp_path / "empty.txt", "")
     (tmp_path / "hollow").mkdir()
@@ -135,7 +219,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
         ('{"text": "cut', "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('["text"]', "a JSON object was expected, not list"),
-        ('{"body": "x", "id": 1}', r"no field 'text' or 'content' among \['body', 'id'\]"),
+        ('{"body": "x", "id": 1}', r"no field 'text' or field 'content' or .* among \['body', 'id'\]"),
         ('{"text": 3}', "field 'text' is not text"),
         ('{"text": null}', "field 'text' is not text"),
         (r'{"text": "\ud83d"}', "field 'text' is not text"),

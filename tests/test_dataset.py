@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from functional_lm.errors import DataError, UsageError
-from functional_lm.text import dataset, tokenizer
+from functional_lm.text import dataset, storage
 from functional_lm.text.dataset import Dataset, View
-from functional_lm.text.prepare import prepare, train_tokenizer
-from functional_lm.text.tokenizer import Tokenizer
 
 VOCABULARY, DELIMITER, DIGEST = 50, 1, "ab" * 32
 DOCUMENT = st.lists(st.integers(0, VOCABULARY - 1), max_size=30)
@@ -36,7 +36,8 @@ def numbered(lengths: list[int]) -> Dataset:
     """A dataset in memory whose tokens are their own places, so that every token is told from every other."""
     offsets = np.cumsum([0, *lengths])
     tokens = np.arange(offsets[-1], dtype=np.int32)
-    return Dataset(Path("memory"), tokens, offsets, int(offsets[-1]), DELIMITER, DIGEST, "")
+    copies = np.ones(len(lengths), np.int32)
+    return Dataset(Path("memory"), tokens, offsets, copies, int(offsets[-1]), DELIMITER, DIGEST, "")
 
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -67,18 +68,19 @@ def test_the_bytes_on_disk(tmp_path: Path) -> None:
     assert (tmp_path / "v1.5.bin").read_bytes() == np.array([1, 7, 8, 1, 1, 9], "<i4").tobytes()
     index = (tmp_path / "v1.5.index").read_bytes()
     assert index[:8] == b"FLMINDEX"
-    assert np.frombuffer(index[8:16], "<u4").tolist() == [1, 1]
+    assert np.frombuffer(index[8:16], "<u4").tolist() == [2, 1]
     assert np.frombuffer(index[16:64], "<u8").tolist() == [VOCABULARY, DELIMITER, 3, 6, 1 << 20, 1]
     assert index[64:96].hex() == DIGEST
     assert opened.digest == index[128:144].hex()
-    assert np.frombuffer(index[144 + 16 :], "<i8").tolist() == [0, 3, 4, 6]
+    assert np.frombuffer(index[160:192], "<i8").tolist() == [0, 3, 4, 6]
+    assert np.frombuffer(index[192:], "<i4").tolist() == [1, 1, 1]
     assert {path.name for path in tmp_path.iterdir()} == {"v1.5.bin", "v1.5.index"}
     for name in ("v1.5", "v1.5.bin", "v1.5.index"):
         assert dataset.open_dataset(tmp_path / name).digest == opened.digest
 
 
 def test_blocks_of_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "BLOCK_TOKENS", 4)
+    monkeypatch.setattr(storage, "BLOCK_TOKENS", 4)
     for total in (3, 4, 5, 8, 13):
         opened = write(tmp_path / "blocks", [list(range(total - 1))])
         dataset.verify(opened)
@@ -100,7 +102,7 @@ def test_damage_is_found(folder: Path, data: st.DataObject, suffix: str) -> None
     if how == "flipped":
         raw[place] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(raw[:place] if how == "cut" else raw + b"\0" * place + b"\0" if how == "longer" else raw)
-    if how != "flipped" or (suffix == ".index" and place < dataset.HEADER_BYTES):
+    if how != "flipped" or (suffix == ".index" and place < storage.HEADER_BYTES):
         with pytest.raises(DataError):
             dataset.open_dataset(folder / "damaged")
     else:
@@ -137,6 +139,57 @@ def test_a_writer_that_fails_leaves_the_older_pair(tmp_path: Path, document: lis
     assert write(tmp_path / "kept", [[6]]).digest != before
 
 
+@given(documents=DOCUMENTS, data=st.data())
+@settings(max_examples=30)
+def test_parts_of_documents_are_the_documents(folder: Path, documents: list[list[int]], data: st.DataObject) -> None:
+    expected = write(folder / "whole", documents)
+    parts: list[tuple[list[int], int]] = []  # ids, copies
+    for document in documents:
+        cut = data.draw(st.integers(0, len(document)))
+        parts += [(document[:cut], 1), (document[cut:], 0)]
+    with dataset.writing(folder / "parts", VOCABULARY, DELIMITER, DIGEST) as writer:
+        while parts:
+            count = data.draw(st.integers(1, len(parts)))
+            ids = np.array([token for part, _ in parts[:count] for token in part], np.int32)
+            lengths, copies = zip(*((len(part), often) for part, often in parts[:count]))
+            writer.extend(ids, np.array(lengths), np.array(copies))
+            parts = parts[count:]
+    assert dataset.open_dataset(folder / "parts").digest == expected.digest
+
+
+@given(
+    documents=DOCUMENTS,
+    commits=st.sets(st.integers(1, 12)),
+    kills=st.lists(st.integers(1, 12), max_size=4),
+    size=st.integers(1, 9),
+)
+@settings(max_examples=50)
+def test_a_writer_that_was_killed_goes_on(
+    folder: Path, documents: list[list[int]], commits: set[int], kills: list[int], size: int
+) -> None:
+    whole, killed = folder / "whole", folder / "killed"
+
+    def attempt(last: int) -> None:
+        with dataset.writing(killed, VOCABULARY, DELIMITER, DIGEST, "these") as writer:
+            for number in range(writer.journal.memory or 0, len(documents)):
+                writer.append(np.array(documents[number], np.int32))
+                if number + 1 in commits:
+                    writer.journal.commit(number + 1)
+                if number + 1 == last:
+                    raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "BLOCK_TOKENS", size)
+        write(whole, documents)
+        for last in kills:
+            with suppress(KeyboardInterrupt):
+                attempt(last)
+        attempt(-1)
+    for suffix in (".bin", ".index"):
+        assert Path(f"{killed}{suffix}").read_bytes() == Path(f"{whole}{suffix}").read_bytes()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
 # Views ------------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +222,20 @@ def test_one_document_is_cut_and_many_are_shuffled() -> None:
     assert np.array_equal(contents(validation), np.arange(900, 1000))
     orders = {tuple(contents(dataset.split(numbered([1] * 20), 0.5, seed)[0])) for seed in range(5)}
     assert len(orders) == 5
+
+
+@given(data=NUMBERED, fraction=FRACTION, seed=SEED, draw=st.data())
+def test_copies_are_seen_in_training_and_measured_once(
+    data: Dataset, fraction: float, seed: int, draw: st.DataObject
+) -> None:
+    copies = np.array([draw.draw(st.integers(1, 3)) for _ in range(data.documents)], np.int32)
+    train, validation = dataset.split(replace(data, copies=copies), fraction, seed)
+    once, same = dataset.split(data, fraction, seed)
+    assert np.array_equal(contents(validation), contents(same))
+    document_of = np.searchsorted(data.offsets, contents(once), side="right") - 1
+    assert Counter(contents(train).tolist()) == Counter(
+        dict(zip(contents(once).tolist(), copies[document_of].tolist()))
+    )
 
 
 @given(data=NUMBERED)
@@ -211,7 +278,7 @@ def test_a_batch_is_pure_and_two_are_one_of_twice_the_size(
 ) -> None:
     view, block_size = case
     double = dataset.batch(view, step, 2 * batch_size, block_size, seed)
-    dataset._orders.cache_clear()
+    dataset._draws.cache_clear()
     halves = [dataset.batch(view, 2 * step + half, batch_size, block_size, seed) for half in (0, 1)]
     for name, whole in double.items():
         assert whole.shape == (2 * batch_size, block_size)
@@ -257,6 +324,78 @@ def test_a_view_without_a_window_is_refused(length: int, fraction: float, missin
         dataset.batch(view, 0, 1, 0, 0)
 
 
+# Unpacked rows ----------------------------------------------------------------------------------------------------
+
+ROWS = st.tuples(NUMBERED, FRACTION, SEED, st.integers(1, 12))
+
+
+def rows_case(case: tuple[Dataset, float, int, int]) -> tuple[View, int, Counter[tuple[int, int]]]:
+    """A view with rows, a block size, and the (token, target) pairs that it holds."""
+    data, fraction, seed, block_size = case
+    data = replace(data, copies=(data.tokens[data.offsets[:-1]] % 3 + 1).astype(np.int32))
+    view = dataset.split(data, fraction, seed)[0]
+    pairs: Counter[tuple[int, int]] = Counter()
+    for start, end in zip([0, *view.ends[:-1].tolist()], view.ends.tolist()):
+        tokens = dataset.read(view, start, end).tolist()
+        ends = [DELIMITER] if tokens[-1] + 1 in data.offsets.tolist() else []
+        pairs.update(zip(tokens, tokens[1:] + ends))
+    assume(pairs)
+    return view, block_size, pairs
+
+
+def learned(batch: dataset.Batch) -> Counter[tuple[int, int]]:
+    known = batch["targets"] != dataset.IGNORED
+    return Counter(zip(batch["tokens"][known].tolist(), batch["targets"][known].tolist()))
+
+
+@given(case=ROWS, epoch=st.integers(0, 100), batch_size=st.integers(1, 4))
+def test_an_unpacked_epoch_learns_every_token_once(
+    case: tuple[Dataset, float, int, int], epoch: int, batch_size: int
+) -> None:
+    view, block_size, pairs = rows_case(case)
+    count = dataset.windows_per_epoch(view, block_size, packing=False)
+    starts = dataset.order(view, block_size, 7, epoch, packing=False)
+    assert len(set(starts.tolist())) == len(starts) == count
+    batches = [dataset.batch(view, epoch * count + row, 1, block_size, 7, packing=False) for row in range(count)]
+    assert sum(map(learned, batches), Counter()) == pairs
+    firsts = [int(batch["tokens"][0, 0]) for batch in batches]
+    assert firsts == [int(dataset.read(view, start, start + 1)[0]) for start in starts.tolist()]
+    measured = list(dataset.windows(view, block_size, batch_size, packing=False)) if len(view) > 1 else []
+    assert not measured or sum(map(learned, measured), Counter()) == pairs
+    assert {batch["tokens"].shape for batch in measured} <= {(batch_size, block_size)}
+
+
+@given(case=ROWS, step=st.integers(0, 30), batch_size=st.integers(1, 4))
+def test_an_unpacked_batch_is_pure_and_a_row_is_of_one_document(
+    case: tuple[Dataset, float, int, int], step: int, batch_size: int
+) -> None:
+    view, block_size, _ = rows_case(case)
+    double = dataset.batch(view, step, 2 * batch_size, block_size, 3, packing=False)
+    dataset._draws.cache_clear()
+    dataset._rows.cache_clear()
+    halves = [dataset.batch(view, 2 * step + half, batch_size, block_size, 3, packing=False) for half in (0, 1)]
+    for name, whole in double.items():
+        assert whole.shape == (2 * batch_size, block_size)
+        assert whole.flags.c_contiguous
+        assert np.array_equal(whole, np.concatenate([half[name] for half in halves]))
+    assert (np.diff(double["documents"], axis=1) == 0).all()
+    for tokens, targets in zip(double["tokens"], double["targets"]):
+        length = int((targets != dataset.IGNORED).sum())
+        assert 0 < length <= block_size
+        assert (np.diff(tokens[:length]) == 1).all()  # neighbours in the file, none of them a later document's start
+        assert not set(tokens[1:length].tolist()) & set(view.dataset.offsets.tolist())
+        assert (targets[length:] == dataset.IGNORED).all()
+
+
+def test_documents_as_rows(tmp_path: Path) -> None:
+    data = write(tmp_path / "rows", [[7, 8, 9], [], [5]])
+    (rows,) = dataset.windows(dataset.view(data), 3, 5, packing=False)
+    none = dataset.IGNORED
+    assert rows["tokens"].tolist() == [[1, 7, 8], [9, 1, 1], [1, 1, 1], [1, 5, 1], [1, 7, 8]]
+    assert rows["targets"].tolist() == [[7, 8, 9], [1, none, none], [1, none, none], [5, 1, none], [none] * 3]
+    assert rows["documents"].tolist() == [[0] * 3, [0] * 3, [1] * 3, [2] * 3, [0] * 3]
+
+
 # Validation -------------------------------------------------------------------------------------------------------
 
 
@@ -282,49 +421,3 @@ def test_predicted_bytes_are_those_of_the_targets(case: tuple[View, int]) -> Non
 def test_nothing_to_predict_is_refused() -> None:
     with pytest.raises(DataError, match="1 tokens hold nothing to predict"):
         next(dataset.windows(dataset.view(numbered([1])), 8))
-
-
-# From text to a dataset ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bpe() -> Tokenizer:
-    return train_tokenizer(dataset.__file__, vocab_size=400)
-
-
-def test_prepare_writes_the_documents(bpe: Tokenizer, tmp_path: Path) -> None:
-    texts = ["def f():\n\treturn '\u2581'\r\n", "é\n" * 50, "\0"]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""])
-    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    summary = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out/a", bpe)
-    opened = dataset.open_dataset(tmp_path / "out/a", bpe)
-    assert [bpe.decode(opened.document(i)) for i in range(opened.documents)] == texts
-    assert (summary.documents, summary.tokens) == (3, len(opened.tokens))
-    assert summary.bytes == sum(len(text.encode()) for text in texts)
-    assert summary.bytes == dataset.predicted_bytes(dataset.view(opened), bpe.byte_lengths)
-
-
-def test_a_dataset_is_made_again_when_anything_changed(bpe: Tokenizer, tmp_path: Path) -> None:
-    text, out = tmp_path / "a.txt", tmp_path / "out"
-    text.write_text("some text", encoding="utf-8")
-    first = prepare(str(text), out, bpe)
-    second = prepare(str(text), out, bpe)
-    assert (first.reused, second.reused, second.tokens) == (False, True, first.tokens)
-    assert not prepare(str(text), out, bpe, reuse=False).reused
-    text.write_text("another text", encoding="utf-8")
-    assert not prepare(str(text), out, bpe).reused
-    assert prepare(str(text), out, bpe).reused
-    other = tokenizer.train([Path(dataset.__file__).read_text(encoding="utf-8")], vocab_size=420)
-    with pytest.raises(DataError, match="another tokenizer"):
-        dataset.open_dataset(out, other)
-    assert not prepare(str(text), out, other).reused
-    (tmp_path / "out.bin").write_bytes(b"")
-    assert not prepare(str(text), out, other).reused
-    dataset.verify(dataset.open_dataset(out, other))
-
-
-def test_prepare_that_fails_leaves_nothing(bpe: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xff")
-    with pytest.raises(DataError, match="not UTF-8"):
-        prepare(str(tmp_path / "a.txt"), tmp_path / "out/a", bpe)
-    assert not list((tmp_path / "out").iterdir())

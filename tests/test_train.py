@@ -597,3 +597,33 @@ def test_the_command_compiled_by_inductor_in_a_process_of_its_own(text: Path, ru
     equal_runs(resumed, out)
     writing = {**WRITING, "compile": "true", "model": out, "prompt": "line 7: ", "seed": 3}
     assert python("functional_lm.generate", **writing).stdout.startswith("line 7: ")
+
+
+# Text of other kinds ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["unigram", "char", "bytes", "wordchar"])
+def test_every_tokenizer_trains_on_rows_of_chats(tmp_path: Path, kind: str) -> None:
+    chats = tmp_path / "chats.jsonl"
+    turns = [
+        [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} is said"}] for i in range(30)
+    ]
+    chats.write_text("".join(json.dumps({"conversation": conversation}) + "\n" for conversation in turns))
+    out = tmp_path / "run"
+    flags = {"tokenizer_type": kind, "vocab_size": 280, "packing": "false", "steps": 2, "use-lmsys-dataset": chats}
+    assert pretrain(**flags, out=out) == 0
+    _, config, tokenizer = functional_lm.load(out)
+    assert config.vocab_size == tokenizer.vocab_size <= 280
+    assert read(out / "run.json")["options"]["data"] == str(chats)  # and not the standard library, the default
+    data = dataset.open_dataset(out / "data" / "text", tokenizer)
+    assert data.documents == 30
+    view, _ = dataset.split(data, 0.2, 1337)
+    rows = dataset.batch(view, 0, 4, 32, 1337, packing=False)
+    assert set(rows["tokens"][:, :2].ravel().tolist()) == {tokenizer.bos_id, tokenizer.special_ids["<|user|>"]}
+
+
+def test_another_packing_is_another_run(run: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain(data=text, out=run, packing="false") == 2
+    assert "--packing was True, is False" in one_line(capsys)
+    assert pretrain(**{"data": text, "out": run, "use-lmsys-dataset": text}) == 2
+    assert f"--data was {text}, is {text},{text}" in one_line(capsys)

@@ -1,95 +1,196 @@
-"""Documents from wherever text lies: files, folders, globs, JSONL, the standard library's own source.
+"""Documents from wherever text lies: files, folders, globs, web addresses, the standard library's own source.
 
 A *source* is a comma-separated list of
 
-    file        any UTF-8 text is one document; a `.jsonl` file holds one document a line
+    file        by its suffix: `.jsonl` one row a line, `.json` a list of rows, `.parquet` rows, `.bin` a dataset that
+                the same tokenizer made; any other is one document of UTF-8 text. `.gz` or `.zst` may follow
     folder      every file below it, sorted by path; names that start with a dot are passed over
     glob        `books/*.md`, `data/**/*.jsonl`: the files that match, sorted
+    http(s)://  a file in the web, downloaded once (`download.py`)
     stdlib      the .py files of the running Python's standard library, without its tests (some 12 MB)
 
-A document is the text exactly as it lies on disk, line ends included. Only a byte order mark at the very start of a
-file is taken off: it tells the encoding and is no text. (U+FEFF anywhere else is kept.)
+and each may end in `=WEIGHT`: how often training sees its documents, relative to once. Of `=0.25` it sees a quarter
+of the documents (always the same ones, chosen by their contents), of `=2` all of them twice in an epoch.
 
-`documents` streams: it holds one document at a time. A plain file is *one* document however large it is, and needs
-some two to five times its size in memory while it is read; text beyond that belongs into JSONL or several files.
-
-Two tables are the places for more formats: `READERS` (how a file is read, by its suffix) and `ROWS` (how a JSON object
-becomes text, by a field that it has).
+A text is read exactly as it lies on disk, line ends included. Only a byte order mark at the very start of a file is
+taken off: it tells the encoding and is no text. (U+FEFF anywhere else is kept.) How files are read is in `readers.py`.
 """
 
 from __future__ import annotations
 
-import codecs
 import glob
 import hashlib
 import json
+import math
 import os
+import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from functional_lm.errors import DataError, UsageError
+from functional_lm.text import document, download, readers
+from functional_lm.text.document import Document
+from functional_lm.text.download import Downloads
 
 STDLIB = "stdlib"
 STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
+WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)", re.DOTALL)
+HEAVIEST = 1000
 
 
-def documents(source: str) -> Iterator[str]:
-    """The documents of `source`, in order, one in memory at a time; empty ones are passed over.
+class Part(NamedTuple):
+    path: Path
+    weight: float
 
-    The source is looked up at once, so that a missing file is refused before any work begins; contents are read as
-    the iterator advances. Raises UsageError for a source that says nothing, DataError for one that is not there or
-    cannot be read as text (naming file, line and byte).
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source that has been looked up: its files, in the order in which they are read."""
+
+    source: str
+    parts: tuple[Part, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for path, _ in self.parts]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files: what a progress bar counts towards."""
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over path, size, modification time and weight of every file: equal as long as none changed."""
+        found = hashlib.sha256()
+        for path, weight in self.parts:
+            status = path.stat()
+            found.update(json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns, weight]).encode())
+        return found.hexdigest()
+
+
+def find(source: str | Corpus, downloads: Downloads = download.USUAL) -> Corpus:
+    """Look a source up, so that a missing file is refused before any work begins; addresses are downloaded.
+
+    Raises UsageError for a source that says nothing, DataError for one that is not there or cannot be read.
     """
-    return _read_all(files(source), source)
-
-
-def files(source: str) -> list[Path]:
-    """The files that `source` names, in the order in which they are read. Raises as `documents` does."""
+    if isinstance(source, Corpus):
+        return source
     if not source.strip():
-        raise UsageError("the data source is empty; name a file, a folder, a glob or 'stdlib'")
-    whole = os.path.exists(os.path.expanduser(source))  # a file may have a comma in its name
-    items = [source] if whole else [item.strip() for item in source.split(",")]
+        raise UsageError("the data source is empty; name a file, a folder, a glob, an address or 'stdlib'")
+    items = [source] if _exists(source) else [item.strip() for item in source.split(",")]
     if not all(items):
         raise UsageError(f"the data source {source!r} has an empty entry; remove the extra comma")
-    return [path for item in items for path in _files_of(item)]
+    weighted = [_weighted(item) for item in items]
+    parts = [Part(path, weight) for item, weight in weighted for path in _files_of(item, downloads)]
+    for path, _ in parts:
+        readers.check(path)
+    return Corpus(source, tuple(parts))
 
 
-def size(source: str) -> int:
-    """Bytes of the files of `source`: what a progress bar counts towards."""
-    return sum(path.stat().st_size for path in files(source))
+def documents(source: str | Corpus) -> Iterator[Document]:
+    """The documents of a source, in order, each once; empty ones are passed over.
+
+    The source is looked up at once; contents are read as the iterator advances, and memory holds one document (of a
+    long text one segment). Raises as `find` does, and DataError for what cannot be read as text, naming file and line.
+    """
+    return (entry.document for entry in entries(find(source)))
 
 
-def fingerprint(source: str) -> str:
-    """sha256 over path, size and modification time of every file: equal as long as none of them changed."""
-    digest = hashlib.sha256()
-    for path in files(source):
-        status = path.stat()
-        digest.update(json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns]).encode())
-    return digest.hexdigest()
+def texts(source: str | Corpus) -> Iterator[str]:
+    """All text of a source, without special tokens, in segments: what a tokenizer is trained on."""
+    return document.text_of(documents(source))
+
+
+class Place(NamedTuple):
+    """How far reading has come: files done, and rows of the next one."""
+
+    file: int = 0
+    row: int = 0
+
+
+class Entry(NamedTuple):
+    """A document, how often training sees it, where reading stands behind it, and the bytes read before and then."""
+
+    document: Document
+    weight: float
+    place: Place
+    start: int
+    end: int
+
+
+def entries(corpus: Corpus, place: Place = Place()) -> Iterator[Entry]:  # noqa: B008 (a constant)
+    """The documents of a corpus from a place on, with what belongs to them."""
+    none, base = place == Place(), sum(path.stat().st_size for path in corpus.files[: place.file])
+    for number, (path, weight) in list(enumerate(corpus.parts))[place.file :]:
+        row, start = place.row if number == place.file else 0, base
+        for found, end in readers.read(path, row):
+            row += 1
+            if any(found):
+                none = False
+                share = weight * document.repeats(found)
+                yield Entry(found, share, Place(number, row), start, base + end)
+            start = base + end
+        base += path.stat().st_size
+    if none:
+        raise DataError(f"no text in {corpus.source!r}: {len(corpus.parts)} files, all empty")
 
 
 # Finding files --------------------------------------------------------------------------------------------------
 
 
-def _files_of(item: str) -> list[Path]:
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
+
+
+def _weighted(item: str) -> tuple[str, float]:
+    """An item and its weight, 1 if it says none. Raises UsageError for a weight that is none."""
+    match = WEIGHTED.fullmatch(item)
+    # The last `key=1` of an address's query, and its checksum, belong to the address.
+    inside = download.is_address(item) and re.split("[?&#]", item)[-1].count("=") == 1 and re.search("[?#]", item)
+    if not match or inside or _exists(item):
+        return item, 1.0
+    weight = float(match[2])
+    if not 0 < weight <= HEAVIEST or not math.isfinite(weight):
+        raise UsageError(f"{item!r} has the weight {match[2]}; it has to be above 0 and at most {HEAVIEST}")
+    return match[1].strip(), weight
+
+
+def _files_of(item: str, downloads: Downloads) -> list[Path]:
     if item == STDLIB:
         return _stdlib()
+    if download.is_address(item):
+        return [download.fetch(item, downloads)]
     path = os.path.expanduser(item)
     if os.path.isdir(path):
-        found = _walk(Path(path))
+        found = _without_companions(_walk(Path(path)))
+    elif readers.is_dataset(Path(path)):
+        found = [Path(path)]  # `check` looks for both of its files
     elif os.path.isfile(path):
         if os.path.getsize(path) == 0:
             raise DataError(f"{item} is empty; a data file must hold text")
         found = [Path(path)]
     elif glob.has_magic(item):
-        found = sorted(Path(match) for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+        matches = sorted(Path(match) for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+        found = _without_companions(matches)
     else:
         raise DataError(f"no file or folder {item!r}; check the path, or use 'stdlib' for Python's own source")
     if not found:
         raise DataError(f"no file matches {item!r}; check the path")
     return found
+
+
+def _without_companions(paths: list[Path]) -> list[Path]:
+    """Without the files that belong to a dataset: NAME.index and NAME.json beside NAME.bin."""
+
+    def belongs(path: Path) -> bool:
+        pair = path.with_suffix(".bin"), path.with_suffix(".index")
+        return path.suffix in (".index", ".json") and all(other.is_file() for other in pair)
+
+    return [path for path in paths if not belongs(path)]
 
 
 def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
@@ -115,94 +216,3 @@ def _is_utf8(path: Path) -> bool:
     except (UnicodeDecodeError, OSError):
         return False
     return True
-
-
-# Reading files --------------------------------------------------------------------------------------------------
-
-
-def _read_all(paths: list[Path], source: str) -> Iterator[str]:
-    none = True
-    for path in paths:
-        reader = READERS.get(path.suffix.lower(), _read_text)
-        try:
-            for document in reader(path):
-                if document:
-                    none = False
-                    yield document
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if none:
-        raise DataError(f"no text in {source!r}: {len(paths)} files, all empty")
-
-
-def _decode(raw: bytes, where: str, offset: int = 0) -> str:
-    """UTF-8 to text. `where` and `offset` (of `raw` in its file) go into the error."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: byte {offset + error.start} (0x{raw[error.start]:02x}) is not UTF-8; "
-            "convert the file, or leave it out with a glob"
-        ) from None
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    yield _text(path)  # from a function, so that the bytes are gone while the text is worked on
-
-
-def _text(path: Path) -> str:
-    raw = path.read_bytes()
-    mark = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
-    return _decode(raw[mark:] if mark else raw, str(path), mark)
-
-
-def _read_json_lines(path: Path) -> Iterator[str]:
-    offset = 0
-    with open(path, "rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
-            where = f"{path}, line {number}"
-            line = _decode(raw[mark:], where, offset + mark)
-            offset += len(raw)
-            if line.strip():
-                yield _row_text(_row(line, where), where)
-
-
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": _read_json_lines}
-
-
-# Rows: one JSON object to one document ----------------------------------------------------------------------------
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object was expected, not {type(row).__name__}")
-    return row
-
-
-def _row_text(row: dict[str, Any], where: str) -> str:
-    for field, read in ROWS.items():
-        if field in row:
-            try:
-                text = read(row)
-                text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
-            except (TypeError, ValueError) as error:
-                raise DataError(f"{where}: field {field!r} is not text ({error})") from None
-            return text
-    raise DataError(f"{where}: no field {' or '.join(map(repr, ROWS))} among {sorted(row)}")
-
-
-def _field(name: str) -> Callable[[dict[str, Any]], str]:
-    def read(row: dict[str, Any]) -> str:
-        if not isinstance(row[name], str):
-            raise TypeError(f"it is {type(row[name]).__name__}")
-        return row[name]
-
-    return read
-
-
-ROWS: dict[str, Callable[[dict[str, Any]], str]] = {"text": _field("text"), "content": _field("content")}

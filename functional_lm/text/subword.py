@@ -1,0 +1,245 @@
+"""SentencePiece behind the tokenizer interface: `bpe`, `unigram` and `char`, all of them lossless.
+
+`char` has the characters of the text as its vocabulary (the most frequent ones, if `vocab_size` cannot hold all) and
+bytes for the rest. Ids: 0 is `<unk>` (never produced), 1 the delimiter, then the chat roles, 256 bytes, the pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from functional_lm import files
+from functional_lm.errors import DataError, UsageError
+from functional_lm.text.interface import (
+    CHAT,
+    DELIMITER,
+    SENTENCEPIECE_FILE,
+    UNKNOWN,
+    Table,
+    byte_count,
+    save_model,
+)
+from functional_lm.text.sample import sample
+
+# SentencePiece writes a space as U+2581, reserves U+2585 in training, and drops longer sentences from training.
+SPACE, RESERVED, SENTENCE_CHARACTERS = "\u2581", "\u2585", 1024
+# A line with its end; cut after so many characters, because memory and time per character grow with the length.
+SEGMENT = re.compile(f"[^\n{SPACE}]{{1,65536}}\n?|\n|{SPACE}")
+SENTENCE = re.compile(f"[^\n{SPACE}{RESERVED}]{{1,{SENTENCE_CHARACTERS}}}\n?|\n")
+BATCH_CHARACTERS = 1 << 20
+FEWEST = 256 + 2 + len(CHAT)  # bytes and special tokens; the text's characters come on top
+# Nothing is normalised, added or taken away. One thread, because the number of threads changes the result.
+LOSSLESS: dict[str, Any] = {
+    "byte_fallback": True,
+    "character_coverage": 1.0,
+    "required_chars": SPACE,  # without a piece of its own, a space would be spelled in the bytes of its sign
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "num_threads": 1,
+}
+
+
+class SentencePieceTokenizer(Table):
+    """A lossless SentencePiece model.
+
+    A text is encoded line by line (a line holds its line end, and is cut after 65,536 characters). In a model that
+    was trained on lines no piece reaches over a line's end, so the ids are those of the whole text, only sooner. A
+    literal U+2581, SentencePiece's own sign for a space, is emitted as its three byte pieces.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        """Raises DataError if `model` is no SentencePiece model, or one that changes text."""
+        import sentencepiece
+
+        if not model:
+            raise DataError("not a SentencePiece model (empty)")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._pieces = [self._processor.id_to_piece(i) for i in range(self._processor.vocab_size())]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise DataError("not a SentencePiece model (damaged, or another kind of file)") from error
+        self._model = model
+        super().__init__([self._piece_bytes(token) for token in range(len(self._pieces))])
+        self._space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self.unk_id: int | None = self._processor.unk_id()
+        self.bos_id, self.eos_id = self._delimiters()
+        self.special_ids: Mapping[str, int] = {
+            piece: token
+            for token, piece in enumerate(self._pieces)
+            if self._processor.is_control(token) or self._processor.is_unknown(token)
+        }
+        self.digest: str = hashlib.sha256(model).hexdigest()
+        probe = " a  B\tﬁ\r\n\0\u2581\U0001f600 "
+        if self.decode(self.encode(probe)) != probe:
+            raise DataError("this SentencePiece model changes text (spaces, normal forms); train a lossless one")
+
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes]]:
+        return SentencePieceTokenizer, (self._model,)  # to the processes that encode
+
+    @classmethod
+    def load(cls, path: Path) -> SentencePieceTokenizer:
+        try:
+            return cls(path.read_bytes())
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def save(self, folder: str | Path) -> None:
+        save_model(folder, SENTENCEPIECE_FILE, self._model)
+        files.write_json(Path(folder) / "tokenizer_config.json", self._hugging_face())
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.int32]]:
+        counts: list[int] = []  # segments of each text
+        ids, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]  # of each segment; one zero in front
+        for batch in _batches(_segments(texts, counts)):
+            found = self._encode_segments(batch, threads)
+            lengths.append(np.fromiter(map(len, found), np.int64, len(found)))
+            ids.append(np.fromiter(chain.from_iterable(found), np.int32, int(lengths[-1].sum())))
+        ends = np.cumsum(np.concatenate(lengths))[np.cumsum(counts, dtype=np.int64)]
+        return np.split(np.concatenate(ids), ends)[:-1]
+
+    def _encode_segments(self, segments: list[str], threads: int) -> list[list[int]]:
+        found: list[list[int]] = self._processor.encode(segments, out_type=int, num_threads=threads)
+        if SPACE in segments:
+            found = [self._space if segment == SPACE else ids for segment, ids in zip(segments, found)]
+        return found
+
+    def _piece_bytes(self, token: int) -> bytes:
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return b""
+        piece = self._pieces[token]
+        if self._processor.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").encode("utf-8")
+
+    def _delimiters(self) -> tuple[int, int]:
+        """bos and eos; a model that has only one of them uses it for both."""
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        if max(bos, eos) < 0:
+            raise DataError("this SentencePiece model has neither bos nor eos; one must delimit documents")
+        return (bos if bos >= 0 else eos), (eos if eos >= 0 else bos)
+
+    def _hugging_face(self) -> dict[str, Any]:
+        """`tokenizer_config.json`: with these settings `LlamaTokenizer` gives the same ids."""
+        named = {self._pieces[token] for token in (self.bos_id, self.eos_id, self.unk_id) if token is not None}
+        return {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": self._pieces[self.bos_id],
+            "eos_token": self._pieces[self.eos_id],
+            "unk_token": UNKNOWN if self.unk_id is None else self._pieces[self.unk_id],
+            "additional_special_tokens": [name for name in self.special_ids if name not in named],
+            "legacy": False,
+            "add_prefix_space": False,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+        }
+
+
+def _segments(texts: Iterable[str], counts: list[int]) -> Iterator[str]:
+    """The segments of all texts, one after another; how many each text has is appended to `counts`."""
+    for text in texts:
+        byte_count(text)
+        found = 0
+        for match in SEGMENT.finditer(text):
+            found += 1
+            yield match.group()
+        counts.append(found)
+
+
+def _batches(segments: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of segments of some BATCH_CHARACTERS: lists of Python integers exist for one of them at a time."""
+    batch: list[str] = []
+    held = 0
+    for segment in segments:
+        batch.append(segment)
+        held += len(segment)
+        if held >= BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _sentences(passages: Iterable[str]) -> Iterator[str]:
+    """What SentencePiece learns from: lines, none of them long enough to be dropped.
+
+    The reader of `sentence_iterator` strips line ends from the end of a sentence, so a space stands behind them; a
+    piece never continues over a space, so that pieces such as "):\\n" are learned, and none beyond the line's end.
+    """
+    for passage in passages:
+        for match in SENTENCE.finditer(passage):
+            sentence = match.group()
+            yield sentence + " " if sentence.endswith("\n") else sentence
+
+
+def train(model_type: str, documents: Iterable[str], vocab_size: int, sample_bytes: int) -> SentencePieceTokenizer:
+    """A model of `model_type` (bpe, unigram or char); raises as `tokenizer.train` does."""
+    import sentencepiece
+
+    sentences = list(_sentences(sample(documents, sample_bytes)))
+    if not sentences:
+        raise DataError("no text to train a tokenizer on; the documents are empty")
+    if model_type == "char":
+        sentences = _of_frequent_characters(sentences, vocab_size)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=min(max(vocab_size, FEWEST), 1 << 24),  # outside, it does not say what would be possible
+            unk_id=0,
+            unk_piece=UNKNOWN,
+            eos_id=1,
+            eos_piece=DELIMITER,
+            bos_id=-1,
+            pad_id=-1,
+            control_symbols=list(CHAT),
+            minloglevel=2,
+            **LOSSLESS,
+        )
+    except RuntimeError as error:
+        raise _training_error(str(error), vocab_size) from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _of_frequent_characters(sentences: list[str], vocab_size: int) -> list[str]:
+    """The sentences without the rarest characters, if the vocabulary cannot hold all."""
+    room = vocab_size - FEWEST
+    if room < 1:
+        raise UsageError(
+            f"vocab_size {vocab_size} cannot hold the special tokens and all bytes; give {FEWEST + 1} or more"
+        )
+    counts = Counter(chain.from_iterable(sentences))
+    counts[" "] = sum(counts.values()) + 1  # a space is needed in any case
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    rare = dict.fromkeys(map(ord, ranked[room:]))
+    return [sentence.translate(rare) for sentence in sentences] if rare else sentences
+
+
+def _training_error(message: str, vocab_size: int) -> Exception:
+    if most := re.search(r"too high.*<= (\d+)", message):
+        return UsageError(
+            f"vocab_size {vocab_size} is more than this text supports; give {most[1]} or less, or more text"
+        )
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return UsageError(
+            f"vocab_size {vocab_size} cannot hold the text's characters and all bytes; give {least[1]} or more"
+        )
+    return DataError(f"SentencePiece could not train on this text: {message}")
