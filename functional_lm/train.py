@@ -63,7 +63,9 @@ class TrainOptions:
     config: str | None = option(None, "architecture from a JSON file", group="Model")
     tokenizer: str | None = option(None, "tokenizer file or folder to use", aliases=("tokenizer_path",), group="Text")
     tokenizer_type: str = option("bpe", "kind of tokenizer to train", choices=KINDS, group="Text")
-    vocab_size: int = option(4096, "vocabulary of a tokenizer trained here", low=8, high=1_000_000, group="Text")
+    vocab_size: int | None = option(
+        None, "vocabulary of a tokenizer trained here; the preset's if not given", low=8, high=1_000_000, group="Text"
+    )
     val_fraction: float = option(0.05, "share of the tokens kept for validation", low=0, below=1, group="Text")
     deduplicate: bool = option(True, "drop documents that equal an earlier one", group="Text")
     packing: bool = option(True, "rows side by side over all text; false: (a part of) one document a row", group="Text")
@@ -115,7 +117,7 @@ def run(options: TrainOptions, overrides: dict[str, Any]) -> int:
     out = Path(options.out)
     options = dataclasses.replace(options, data=_source(options))
     found = _check(options, overrides)
-    options = _resolve_machine(options)
+    options = _resolve_machine(_resolve_vocabulary(options, overrides))
     checkpoint = _checkpoint_to_resume(options, overrides, out)
     if checkpoint is not None and _is_complete(options, checkpoint, out):
         return 0
@@ -150,7 +152,7 @@ def _check(options: TrainOptions, overrides: dict[str, Any]) -> Corpus:
     if options.model is not None and (overrides or options.tokenizer):
         changed = next(iter(overrides), "tokenizer")
         raise UsageError(f"--model brings its own architecture and tokenizer; --{changed} cannot change them")
-    longest = _architecture(options, overrides, options.vocab_size).max_len
+    longest = _architecture(options, overrides).max_len
     if options.block_size is not None and options.block_size > longest:
         raise UsageError(f"--block_size {options.block_size} is longer than the model's --max_len {longest}")
     if _is_dataset(options.data) and options.model is None and options.tokenizer is None:
@@ -183,7 +185,7 @@ def _holds_model(folder: Path) -> bool:
     return (folder / "model.safetensors").exists()
 
 
-def _architecture(options: TrainOptions, overrides: dict[str, Any], vocab_size: int) -> ModelConfig:
+def _architecture(options: TrainOptions, overrides: dict[str, Any], vocab_size: int | None = None) -> ModelConfig:
     """The architecture of `--model`, or that of `--config` or `--preset` with the flags' changes."""
     if options.model is not None:
         return model_config.read(Path(options.model) / "config.json")
@@ -191,7 +193,13 @@ def _architecture(options: TrainOptions, overrides: dict[str, Any], vocab_size: 
         values = model_config.read_values(options.config)
     else:
         values = model_config.preset_values(options.preset or "nano")
-    return model_config.from_json({**values, **overrides, "vocab_size": vocab_size}, options.config or "the model")
+    vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
+    return model_config.from_json({**values, **overrides, **vocabulary}, options.config or "the model")
+
+
+def _resolve_vocabulary(options: TrainOptions, overrides: dict[str, Any]) -> TrainOptions:
+    """`--vocab_size`, or that of the architecture: how many tokens a tokenizer trained here has."""
+    return dataclasses.replace(options, vocab_size=options.vocab_size or _architecture(options, overrides).vocab_size)
 
 
 def _resolve_machine(options: TrainOptions) -> TrainOptions:
@@ -282,6 +290,7 @@ def _tokenizer_and_model(
         elif options.tokenizer is not None:
             tokenizer = tokenizers.load(options.tokenizer)
         else:
+            assert options.vocab_size is not None
             with console.announced(f"training a {options.tokenizer_type} tokenizer of {options.vocab_size}"):
                 tokenizer = prepare.train_tokenizer(found, options.tokenizer_type, options.vocab_size)
         config = _architecture(options, overrides, tokenizer.vocab_size)

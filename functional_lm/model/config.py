@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from functional_lm.errors import DataError, UsageError
+from functional_lm.model.presets import ORIGINAL_KEYS, preset_values, translate
+from functional_lm.model.presets import PRESETS as PRESETS
 from functional_lm.options import check, option
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -120,24 +122,12 @@ def from_json(values: dict[str, Any], source: str = "the configuration") -> Mode
     """The config of a dict with our names; an unknown name is refused with the nearest known one."""
     for name in values:
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, 1)
+            near = difflib.get_close_matches(name, [*NAMES, *sorted(ORIGINAL_KEYS)], 1)
             raise UsageError(f"{source} has an unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     try:
         return ModelConfig(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source} holds a value of the wrong type ({error})") from error
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"d_model": 256, "n_layers": 6, "n_heads": 4, "d_ff": 704, "max_len": 256},
-}
-
-
-def preset_values(name: str) -> dict[str, Any]:
-    """The fields that a named architecture sets."""
-    if name not in PRESETS:
-        raise UsageError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
@@ -201,12 +191,17 @@ def is_llama(config: ModelConfig) -> bool:
 
 
 def read(path: str | Path) -> ModelConfig:
-    """The ModelConfig of a `config.json` that this project wrote, or of a bare JSON file of our names."""
+    """The ModelConfig of a configuration file, in any of the forms that `read_values` understands."""
     return from_json(read_values(path), str(path))
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """The fields that a configuration file sets. Raises DataError for a missing file or one that is not JSON."""
+    """The fields that a configuration file sets, in our names.
+
+    The file is a `config.json` that this project wrote (values under "functional_lm"), or a bare object of our names
+    or of the originals' (`presets.translate`). Raises DataError for a missing file or one that is no JSON object,
+    UsageError for keys that contradict each other.
+    """
     path = Path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -214,6 +209,8 @@ def read_values(path: str | Path) -> dict[str, Any]:
         raise DataError(f"no configuration at {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON ({error})") from error
+    if isinstance(values, dict):
+        values = values.get("functional_lm", values)
     if not isinstance(values, dict):
         raise DataError(f"{path} holds a {type(values).__name__}, not an object of settings")
-    return values.get("functional_lm", values)
+    return translate(values, str(path))
