@@ -50,8 +50,8 @@ def one_thread() -> Iterator[None]:
 
 
 def made(config: ModelConfig = LLAMA, dtype: torch.dtype = torch.float32, **numbers: float) -> Training:
-    adamw, warm_cosine = optimizer.optimizer("adamw"), schedule.schedule("cosine", 20, 3, 0.1)
-    return step.training(config, adamw, warm_cosine, dtype, {"learning_rate": 1e-2, **numbers})
+    adamw, warm_cosine = optimizer.optimizer("adamw"), schedule.cosine(3, 0.1)
+    return step.training(config, adamw, warm_cosine, dtype, {"learning_rate": 1e-2, "total_steps": 20, **numbers})
 
 
 def start(functions: Training, config: ModelConfig = LLAMA, seed: int = 0) -> TrainState:

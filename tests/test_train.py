@@ -181,8 +181,8 @@ def test_a_run_is_nothing_but_the_public_functions_one_after_the_other(run: Path
     """Weights, batches and dropout come from the seed as it says here; equal bit for bit."""
     seed, config = keys.key(1337), functional_lm.load(run).config
     view, _ = dataset.split(dataset.open_dataset(run / "data" / "text"), 0.2, 1337)
-    rate = schedule.schedule("cosine", 12, 3, 0.1)
-    functions = training.training(config, optimizer.adamw(), rate, numbers={"learning_rate": 0.01})
+    rate = schedule.cosine(3, 0.1)
+    functions = training.training(config, optimizer.adamw(), rate, numbers={"learning_rate": 0.01, "total_steps": 12})
     params = functional_lm.init(config, keys.fold_in_name(seed, "init"))
     state = functions.init(params, keys.fold_in_name(seed, "training"))
     for step, loss in losses(run)[:4]:
