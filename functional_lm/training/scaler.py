@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functional_lm.tree import Tree
 
-START, LARGEST, INTERVAL = 2.0**16, 2.0**24, 1000
+START, LARGEST, INTERVAL = 2.0**5, 2.0**24, 1000  # of a loss summed over tokens: a mean would start near 2^16
 
 
 def init(device: torch.device) -> Tree:
