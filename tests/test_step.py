@@ -459,6 +459,14 @@ def test_the_compiled_step_is_the_pure_step(backend: str, name: str) -> None:
     five_steps(compiled, functions, SHALLOW[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", sorted(optimizer.OPTIMIZERS))
+def test_every_optimizer_is_one_graph(name: str) -> None:
+    config = SHALLOW["untied"]
+    functions = step.training(config, optimizer.optimizer(name), schedule.schedule("wsd"), ema=True)
+    compiled = compiling.compiled(functions.train_step, donate=True, backend="eager")
+    five_steps(compiled, functions, config, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("donate", [True, False])
 def test_what_would_fall_into_several_graphs_is_refused(donate: bool) -> None:
     def broken(x: Tensor) -> tuple[Tensor, None]:

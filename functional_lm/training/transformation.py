@@ -56,11 +56,12 @@ def partition(**groups: tuple[Selector, Optimizer]) -> Optimizer:
     Raises UsageError for a leaf that no group takes.
     """
 
+    matchers = {name: tree.matcher(selector) for name, (selector, _) in groups.items()}  # what tracing cannot do
+
     def split(whole: Tree) -> dict[str, Tree]:
         rest, parts = tree.flatten(whole), {}
-        for name, (selector, _) in groups.items():
-            taken = tree.matcher(selector)
-            parts[name] = tree.unflatten({path: rest.pop(path) for path in list(rest) if taken(path)})
+        for name, takes in matchers.items():
+            parts[name] = tree.unflatten({path: rest.pop(path) for path in list(rest) if takes(path)})
         if rest:
             raise UsageError(f"no group takes {next(iter(rest))!r}; end with one for '*'")
         return {name: part for name, part in parts.items() if part}
