@@ -22,6 +22,7 @@ import functional_lm
 from functional_lm import console, files
 from functional_lm.cli import Command, OptionGroup, main_single
 from functional_lm.errors import UsageError
+from functional_lm.model import account
 from functional_lm.model import config as model_config
 from functional_lm.model.config import ModelConfig
 from functional_lm.options import option
@@ -369,6 +370,8 @@ def _train(
         f"{console.count(tree.size(params))} parameters, {plan.tokens_per_step} tokens a step, {options.steps} steps, "
         f"{options.dtype} on {options.device} with {torch.get_num_threads()} threads"
     )
+    shape = (options.batch_size, options.block_size, microbatches)
+    console.say(account.estimate_line(config, *shape, options.dtype, device=options.device, compiled=options.compile))
     measure = _measurement(options, config, text)
     with Recorder(out, int(state.step)) as recorder:
 
