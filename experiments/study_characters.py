@@ -2,12 +2,12 @@
 
     python experiments/study_characters.py --nanogpt PATH_OF_A_CHECKOUT --text tinyshakespeare.txt [--steps 2000]
 
-The recipe is that of nanoGPT's README for a machine without GPU: 4 layers, width 128, 4 heads, 12 rows of 64 characters,
-no dropout, 2000 steps. nanoGPT runs its own train.py (AdamW, peak rate 1e-3, torch.compile); this project runs
-`functional_lm.train` with its defaults (rotary positions, RMSNorm, SwiGLU; AdamW and the schedule as they come) and
-nothing changed but the shape, then again with Muon. Each in a process of its own, one after the other; all are measured
-in the end over the last tenth of the text, in windows of 64 without overlap, by the same function. Wall time is that of
-the whole command: imports, compiling, training, writing.
+The recipe is that of nanoGPT's README for a machine without GPU: 4 layers, width 128, 4 heads, 12 rows of 64
+characters, no dropout, 2000 steps. nanoGPT runs its own train.py (AdamW, peak rate 1e-3, torch.compile); this project
+runs `functional_lm.train` with its defaults (rotary positions, RMSNorm, SwiGLU; AdamW and the schedule as they come)
+and nothing changed but the shape, then again with Muon. Each in a process of its own, one after the other; all are
+measured in the end over the last tenth of the text, in windows of 64 without overlap, by the same function. Wall time
+is that of the whole command: imports, compiling, training, writing.
 
 Prints a table and draws the curves to characters.png in --out.
 """
@@ -24,11 +24,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 LAYERS, WIDTH, HEADS, BLOCK, BATCH = 4, 128, 4, 64, 12
-Curve = list[tuple[int, float]]
+
+
+class Found(NamedTuple):
+    """What a training came to."""
+
+    loss: float  # nats a character of the validation text
+    parameters: int
+    seconds: float  # of the whole command
+    curve: list[tuple[int, float]]  # training loss by step
 
 
 def main() -> None:
@@ -44,7 +53,7 @@ def main() -> None:
     train, validation = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "train.txt").write_text(train, encoding="utf-8")
-    found: dict[str, tuple[float, int, float, Curve]] = {}
+    found: dict[str, Found] = {}
     if arguments.nanogpt:
         found["nanoGPT, AdamW"] = nanogpt(arguments.nanogpt, text, validation, arguments.steps, arguments.out)
         show("nanoGPT, AdamW", found)
@@ -54,11 +63,11 @@ def main() -> None:
     draw(found, arguments.out / "characters.png")
 
 
-def show(name: str, found: dict[str, tuple[float, int, float, Curve]]) -> None:
+def show(name: str, found: dict[str, Found]) -> None:
     if len(found) == 1:
-        print("| run | parameters | nats a character | wall time | steps/s in the second half |\n|---|---|---|---|---|")
-    loss, parameters, seconds, curve = found[name]
-    print(f"| {name} | {parameters / 1e6:.3f} M | **{loss:.4f}** | {seconds:.0f} s |", flush=True)
+        print("| run | parameters | nats a character | wall time |\n|---|---|---|---|")
+    made = found[name]
+    print(f"| {name} | {made.parameters / 1e6:.3f} M | **{made.loss:.4f}** | {made.seconds:.0f} s |", flush=True)
 
 
 def windows(ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -82,7 +91,7 @@ def mean_loss(logits: Callable, ids: Sequence[int]) -> float:
     return total / count
 
 
-def ours(name: str, validation: str, steps: int, out: Path, flags: Sequence[str]) -> tuple[float, int, float, Curve]:
+def ours(name: str, validation: str, steps: int, out: Path, flags: Sequence[str]) -> Found:
     """Train with this project's command, and measure."""
     folder = out / name
     command = [sys.executable, "-m", "functional_lm.train", "--data", str(out / "train.txt"), "--out", str(folder)]
@@ -100,10 +109,10 @@ def ours(name: str, validation: str, steps: int, out: Path, flags: Sequence[str]
     loss = mean_loss(lambda ids: flm.forward(params, ids, config), tokenizer.encode(validation))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
-    return loss, summary["parameters"], seconds, [(row["step"], row["loss"]) for row in rows]
+    return Found(loss, summary["parameters"], seconds, [(row["step"], row["loss"]) for row in rows])
 
 
-def nanogpt(checkout: Path, text: str, validation: str, steps: int, out: Path) -> tuple[float, int, float, Curve]:
+def nanogpt(checkout: Path, text: str, validation: str, steps: int, out: Path) -> Found:
     """Train with nanoGPT's own train.py on its own format, and measure."""
     copy = out / "nanogpt"
     shutil.rmtree(copy, ignore_errors=True)
@@ -115,7 +124,11 @@ def nanogpt(checkout: Path, text: str, validation: str, steps: int, out: Path) -
     encoded = np.array([table[c] for c in text], np.uint16)
     encoded[: int(0.9 * len(text))].tofile(data / "train.bin")
     encoded[int(0.9 * len(text)) :].tofile(data / "val.bin")
-    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": dict(zip(characters, range(65)))}
+    meta = {
+        "vocab_size": len(characters),
+        "itos": dict(enumerate(characters)),
+        "stoi": dict(zip(characters, range(65))),
+    }
     (data / "meta.pkl").write_bytes(pickle.dumps(meta))
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=True"]
     recipe = {"eval_iters": 20, "eval_interval": steps, "log_interval": 10, "block_size": BLOCK, "batch_size": BATCH}
@@ -135,10 +148,10 @@ def nanogpt(checkout: Path, text: str, validation: str, steps: int, out: Path) -
     loss = mean_loss(lambda inputs: model(inputs, inputs)[0], [int(table[c]) for c in validation])
     parameters = sum(p.numel() for p in model.parameters())
     curve = [(int(step), float(value)) for step, value in re.findall(r"iter (\d+): loss ([\d.]+)", said)]
-    return loss, parameters, seconds, curve
+    return Found(loss, parameters, seconds, curve)
 
 
-def draw(found: dict[str, tuple[float, int, float, Curve]], path: Path) -> None:
+def draw(found: dict[str, Found], path: Path) -> None:
     """Training loss over steps, each a running mean of some 50 steps, and the final validation loss as a line."""
     import matplotlib
 
@@ -146,12 +159,14 @@ def draw(found: dict[str, tuple[float, int, float, Curve]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for color, (name, (loss, _, seconds, curve)) in enumerate(found.items()):
-        steps, values = (np.array(column) for column in zip(*curve))
+    for color, (name, made) in enumerate(found.items()):
+        steps, values = (np.array(column) for column in zip(*made.curve))
         width = max(1, round(50 / (steps[1] - steps[0])))
         smooth = np.convolve(values, np.ones(width) / width, "valid")
-        axes.plot(steps[width - 1 :], smooth, color=f"C{color}", label=f"{name}: {loss:.3f} in {seconds:.0f} s")
-        axes.axhline(loss, color=f"C{color}", linestyle=":", linewidth=1)
+        axes.plot(
+            steps[width - 1 :], smooth, color=f"C{color}", label=f"{name}: {made.loss:.3f} in {made.seconds:.0f} s"
+        )
+        axes.axhline(made.loss, color=f"C{color}", linestyle=":", linewidth=1)
     axes.set(xlabel="step", ylabel="nats a character", ylim=(1.3, 2.8), title="tiny Shakespeare, characters")
     axes.grid(alpha=0.3)
     axes.legend(title="training loss (dotted: validation)")

@@ -379,6 +379,7 @@ def _train(
         members=len(models) if len(models) > 1 else 0,
     )
     console.say(training_report.intention(options, tree.size(params), job))
+    console.say(training_report.needs(options, job))
     with trainer.recording(options, report.out, loop.steps_taken(state)) as recorder:
         outcome, best = trainer.train(options, job, state, memory, report.out, recorder)
         if job.members:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,59 @@ def intention(flags: TrainingFlags, parameters: int, job: trainer.Job) -> str:
         f"{models}{console.count(parameters / max(1, job.members))} parameters{each}, {size} tokens a step{each}, "
         f"{length}, {flags.dtype} on {flags.device}{threads}"
     )
+
+
+# Parameter-sized tensors that an optimizer keeps (Muon has one for the matrices of the layers and two for the rest).
+MOMENTS = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1, "adafactor": 0}
+EFFICIENCY = 0.6  # of a compiled step beside its products alone; measured at widths 128 to 384
+
+
+def needs(flags: TrainingFlags, job: trainer.Job) -> str:
+    """One line: what the steps are going to need in memory and, where it can be told beforehand, in time."""
+    from functional_lm.model import account
+
+    assert flags.block_size is not None
+    models, microbatches = max(1, job.members), flags.gradient_accumulation_steps
+    memory = account.training_memory(
+        job.config,
+        flags.batch_size,
+        flags.block_size,
+        account.WIDTHS[flags.dtype],
+        MOMENTS[flags.optimizer] + (flags.ema_decay > 0),
+        microbatches=microbatches,
+        device=flags.device,
+        compiled=flags.compile,
+    )
+    tokens = flags.batch_size * flags.block_size
+    operations = models * microbatches * tokens * account.training_flops(job.config, flags.block_size)
+    said = (
+        f"a step needs about {console.size(models * memory.total)} of memory beside torch itself and "
+        f"{console.count(operations)} operations"
+    )
+    if not flags.compile:
+        return said
+    seconds = operations / (EFFICIENCY * _operations_per_second(flags, job.config, tokens))
+    whole = f", some {console.duration(seconds * flags.steps)} in all" if flags.steps else ""
+    return f"{said}, about {1e3 * seconds:.3g} ms{whole} after compiling"
+
+
+def _operations_per_second(flags: TrainingFlags, config: ModelConfig, tokens: int) -> float:
+    """Of one of the step's products, [B T, D] by [D, F], timed here for a tenth of a second."""
+    import torch
+
+    from functional_lm import compile as compiling
+
+    device, dtype = torch.device(flags.device), getattr(torch, flags.dtype)
+    x = torch.ones(tokens, config.d_model, dtype=dtype, device=device)
+    weight = torch.ones(config.d_ff, config.d_model, dtype=dtype, device=device)
+    times: list[float] = []
+    until = time.perf_counter() + 0.1
+    while len(times) < 4 or time.perf_counter() < until:
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        compiling.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * tokens * config.d_model * config.d_ff / statistics.median(times)
 
 
 def finish(

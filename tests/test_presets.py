@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from strategies import configs
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import LONGEST, configs
+from torch.utils.flop_counter import FlopCounterMode
 
 from functional_lm import tree
 from functional_lm.errors import DataError, UsageError
@@ -66,6 +70,43 @@ def test_operations_are_two_a_multiplied_parameter_and_the_attention() -> None:
     some = ModelConfig(vocab_size=10, d_model=8, n_layers=1, n_heads=2, d_ff=16, tie_embeddings=False)
     matrices = 4 * 8 * 8 + 3 * 8 * 16 + 10 * 8
     assert account.flops(some, 1) == 2 * matrices + 4 * 8  # one token attends to itself: q k and w v, 8 wide
+
+
+@settings(max_examples=50, deadline=None)
+@given(configs(attention="standard", dropout=0.0), st.integers(1, LONGEST), st.integers(1, 3))
+def test_operations_are_those_that_torch_counts(some: ModelConfig, length: int, batch: int) -> None:
+    """Which counts the products of queries with keys that they may not see, too."""
+    tokens = torch.zeros((batch, length), dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        transformer.forward(transformer.abstract(some), tokens, some)
+    unseen = 4 * some.n_layers * some.n_heads * some.head_dim * length - account.attention_flops(some, length)
+    assert counter.get_total_flops() == pytest.approx(batch * length * (account.flops(some, length) + unseen))
+
+
+@given(st.integers(1, 40), st.integers(0, 50))
+def test_attention_is_counted_over_the_keys_that_are_seen(length: int, window: int) -> None:
+    some = ModelConfig(d_model=8, n_heads=2, n_layers=1, sliding_window=window)
+    seen = sum(min(at, window or at) for at in range(1, length + 1)) / length
+    assert account.attention_flops(some, length) == pytest.approx(4 * 8 * seen)
+
+
+@given(configs(), st.integers(1, 64), st.integers(1, 4), st.booleans())
+def test_memory_grows_with_all_that_asks_for_it(some: ModelConfig, length: int, batch: int, compiled: bool) -> None:
+    def total(config: ModelConfig = some, rows: int = batch, width: int = 2, **how: Any) -> int:
+        return account.training_memory(config, rows, length, width, **{"compiled": compiled, **how}).total
+
+    assert total() <= min(total(rows=batch + 1), total(width=4), total(moments=3), total(microbatches=2))
+    deeper = dataclasses.replace(some, n_layers=some.n_layers + 4)
+    assert total() < total(deeper)
+    assert total(dataclasses.replace(deeper, checkpoint_activations=True)) <= total(deeper)
+
+
+def test_the_main_job_needs_what_was_measured() -> None:
+    """MiB on 2026-11-21: the growth of a process over the steps of `nano`, 8 rows of 256 tokens."""
+    measured = {("float32", True): 434, ("bfloat16", True): 258, ("float32", False): 1356, ("bfloat16", False): 934}
+    for (dtype, compiled), expected in measured.items():
+        need = account.training_memory(preset("nano"), 8, 256, account.WIDTHS[dtype], compiled=compiled)
+        assert need.total / 2**20 == pytest.approx(expected, rel=0.1)
 
 
 def test_the_originals_keys_become_ours() -> None:

@@ -407,7 +407,7 @@ def test_a_file_in_the_originals_keys_gives_architecture_and_vocabulary(
     assert read(tmp_path / "run" / "run.json")["options"]["vocab_size"] == 310
     trained = functional_lm.load(tmp_path / "run").config
     assert (trained.vocab_size, trained.positions, trained.d_model) == (310, "learned", 32)
-    capsys.readouterr()
+    assert "a step needs about " in capsys.readouterr().out
     for given in (None, 310):
         assert pretrain(**flags, **quick, vocab_size=given) == 0
         assert "is trained already" in capsys.readouterr().out

@@ -28,6 +28,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm_placement": ("pre", "post"),
     "bias": ("none", "qkv", "all"),
 }
+# Where a long row of queries on the CPU makes the fused kernel's memory worth its slower backward.
+LONG = 1024
 
 
 @dataclass(frozen=True)
