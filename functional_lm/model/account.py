@@ -131,8 +131,8 @@ def training_memory(
 
     Constants are fitted to the growth of a process over 3 steps on the CPU (torch 2.13, D 128-512, L 3-12, T 64-1024,
     float32 and bfloat16). Estimate over measurement: eager 0.87-1.12 over 42 measurements, 0.89-1.12 over the six of
-    shapes that the fit had not seen; compiled 0.92-1.12 over ten, one of them unseen, and 0.81 with the fused kernel.
-    Compiled dropout is fitted to a single point. Accelerators, microbatches and checkpointing were not measured.
+    shapes that the fit had not seen; compiled 0.92-1.12 over 14, two of them unseen, with dropout at a single point.
+    Accelerators, microbatches and checkpointing were not measured.
     """
     count, tokens = parameters(config), batch * length
     layer = tokens * _kept(config, length, width, device, compiled)
@@ -160,12 +160,15 @@ def _kept(config: ModelConfig, length: int, width: int, device: str, compiled: b
     and those of the backward pass too, because `torch.func.grad` stays differentiable; measured.
     """
     flash = config.attention == "flash" or (config.attention == "auto" and (device != "cpu" or length >= LONG))
-    weights = 0 if flash and not config.dropout else config.n_heads * length  # the kernel has no dropout
+    flash = flash and not config.dropout  # which the kernel does not have
+    weights = 0 if flash else config.n_heads * length
     if not compiled:
         inner = EAGER[config.feed_forward] * config.d_ff
         return round((FLOAT32 + 2 * width) / 3 * (46 * config.d_model + inner + 3.7 * weights))
     inner = (3 if config.feed_forward == "swiglu" else 2) * config.d_ff
     heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    if flash:  # the kernel's own inputs, output and their gradients, side by side with those of the products
+        heads += 7 * config.n_heads * config.head_dim
     dropped = 2 * FLOAT32 if config.dropout else 0
     return width * (6 * config.d_model + heads + inner) + weights * (FLOAT32 + width + dropped)
 
