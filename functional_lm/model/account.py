@@ -11,6 +11,7 @@ from functional_lm.model.config import LONG, ModelConfig
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 FLOAT32 = WIDTHS["float32"]
+EAGER = {"swiglu": 13, "gelu": 13, "relu": 3, "relu2": 6}  # numbers an eager step keeps for each of F; measured
 
 
 class Part(NamedTuple):
@@ -125,11 +126,12 @@ def training_memory(
     their gradients. Until the backward pass has read them: the compute copy, the activations (`_kept`; with
     checkpointing one vector a layer and one layer in full), and the logits. Then: the gradients, and in an eager step
     the new state beside the old one with every intermediate of the update. Left out: the process itself (torch,
-    compiled code: some 300 MiB, and a compilation that is still going on), the data, dropout masks, validation.
+    compiled code: some 300 MiB, and a compilation that is still going on), the data, validation.
 
-    Held against the growth of a process over 3 steps on the CPU (torch 2.13, D 128-384, L 4-12, T 64-1024, V 64-8192,
-    float32 and bfloat16): 0.91 to 1.09 of it, 0.81 compiled with the fused kernel. Not held against an accelerator,
-    nor with checkpointing.
+    Constants are fitted to the growth of a process over 3 steps on the CPU (torch 2.13, D 128-512, L 3-12, T 64-1024,
+    float32 and bfloat16). Estimate over measurement: eager 0.87-1.12 over 42 measurements, 0.89-1.12 over the six of
+    shapes that the fit had not seen; compiled 0.92-1.12 over 14, two of them unseen, with dropout at a single point.
+    Accelerators, microbatches and checkpointing were not measured.
     """
     count, tokens = parameters(config), batch * length
     layer = tokens * _kept(config, length, width, device, compiled)
@@ -157,12 +159,17 @@ def _kept(config: ModelConfig, length: int, width: int, device: str, compiled: b
     and those of the backward pass too, because `torch.func.grad` stays differentiable; measured.
     """
     flash = config.attention == "flash" or (config.attention == "auto" and (device != "cpu" or length >= LONG))
+    flash = flash and not config.dropout  # which the kernel does not have
     weights = 0 if flash else config.n_heads * length
     if not compiled:
-        return round((FLOAT32 + 2 * width) / 3 * (11 * (5 * config.d_model + config.d_ff) + 4.5 * weights))
+        inner = EAGER[config.feed_forward] * config.d_ff
+        return round((FLOAT32 + 2 * width) / 3 * (46 * config.d_model + inner + 3.7 * weights))
     inner = (3 if config.feed_forward == "swiglu" else 2) * config.d_ff
     heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    return width * (6 * config.d_model + heads + inner) + weights * (FLOAT32 + width)
+    if flash:  # the kernel's own inputs, output and their gradients, side by side with those of the products
+        heads += 7 * config.n_heads * config.head_dim
+    dropped = 2 * FLOAT32 if config.dropout else 0
+    return width * (6 * config.d_model + heads + inner) + weights * (FLOAT32 + width + dropped)
 
 
 def decoding_memory(config: ModelConfig, slots: int, length: int, width: int) -> DecodingMemory:
