@@ -20,7 +20,12 @@ from functional_lm.model import config as model_config
 from functional_lm.model.config import PRESETS, ModelConfig
 from functional_lm.options import REQUIRED, option
 
-DERIVED = ("n_kv_heads", "head_dim", "d_ff")  # widths that follow from others where they are not given
+DERIVED = (
+    "n_kv_heads",
+    "head_dim",
+    "d_ff",
+    "initializer_range",
+)  # numbers that follow from others where they are not given
 
 
 @dataclass(frozen=True)

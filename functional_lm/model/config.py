@@ -34,7 +34,7 @@ LONG = 1024
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture. Widths left at 0 are derived: `n_kv_heads` = `n_heads`, `head_dim` = D/H, `d_ff` from D."""
+    """The architecture. Numbers left at 0 are derived: `n_kv_heads` = `n_heads`, `head_dim` = D/H, others from D."""
 
     vocab_size: int = option(32000, "tokens in the vocabulary (V)", low=1)
     d_model: int = option(256, "model width (D)", low=1)
@@ -69,7 +69,9 @@ class ModelConfig:
     logit_softcap: float = option(0.0, "logits become c tanh(logits / c); 0: off", low=0)
     tie_embeddings: bool = option(True, "one matrix for embedding and output")
     checkpoint_activations: bool = option(False, "recompute each layer in the backward pass to save memory")
-    initializer_range: float = option(0.02, "standard deviation of the initial weights", above=0)
+    initializer_range: float = option(
+        0.0, "standard deviation of the initial weights; 0: the square root of 2 / (5 d_model)", low=0
+    )
 
     def __post_init__(self) -> None:
         derive = object.__setattr__
@@ -85,6 +87,8 @@ class ModelConfig:
         if not self.d_ff:
             wide = 4 * self.d_model if self.feed_forward != "swiglu" else math.ceil(8 * self.d_model / 3 / 32) * 32
             derive(self, "d_ff", wide)
+        if not self.initializer_range:  # "small init", Nguyen and Salazar, arXiv 1910.05895, section 2.2
+            derive(self, "initializer_range", math.sqrt(2 / (5 * self.d_model)))
         if self.rope_scaling is not None:
             derive(self, "rope_scaling", tuple(float(number) for number in self.rope_scaling))
         self._check()

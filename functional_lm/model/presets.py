@@ -15,6 +15,7 @@ _GPT2 = {
     "feed_forward": "gelu",
     "bias": "all",
     "tie_embeddings": True,
+    "initializer_range": 0.02,
 }
 
 
