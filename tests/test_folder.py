@@ -16,7 +16,8 @@ from strategies import SEEDS, configs, weights
 import functional_lm
 from functional_lm import folder, keys, tree
 from functional_lm.errors import DataError
-from functional_lm.model.config import ModelConfig, is_llama
+from functional_lm.model.config import ModelConfig
+from functional_lm.model.families import family_of
 from functional_lm.model.transformer import init
 from functional_lm.text import tokenizer as tokenizers
 from functional_lm.text.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def test_what_is_saved_is_loaded(
     assert {leaf.dtype for leaf in tree.leaves(exact)} == {torch.float64}
     assert tree.digest(tree.cast(exact, dtype)) == tree.digest(params)
     written = json.loads((path / "config.json").read_text())
-    assert (written["model_type"] == "llama") == is_llama(config)
+    assert written["model_type"] == family_of(config)
     assert written["torch_dtype"] == str(dtype).removeprefix("torch.")
 
 
