@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import generate, prepare, train
+from functional_lm import generate, interchange, prepare, train
 from functional_lm.cli import main
 
-COMMANDS = (prepare.TRAIN_TOKENIZER, prepare.PREPARE, train.COMMAND, generate.COMMAND)
+COMMANDS = (
+    prepare.TRAIN_TOKENIZER,
+    prepare.PREPARE,
+    train.COMMAND,
+    generate.COMMAND,
+    interchange.IMPORT,
+    interchange.EXPORT,
+)
 
 if __name__ == "__main__":
     sys.exit(main(COMMANDS))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from functional_lm import tree
+from functional_lm.errors import DataError
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.families import NATIVE, OURS
 from functional_lm.model.transformer import abstract
@@ -138,7 +139,7 @@ def _foreign(name: str, family: str, names: Names, config: ModelConfig) -> list[
 def canonical(found: list[str], family: str) -> dict[str, str]:
     """The names in a file by the names that `layouts` gives them; what holds no weights is left out.
 
-    A file of the bare model lacks the prefix of all names but the output's.
+    A file of the bare model lacks the prefix of all names but the output's. Raises DataError for two names of one place.
     """
     names = NAMES.get(family, NATIVE_NAMES)
     bare = not any(name.startswith(names.base) for name in found)
@@ -147,6 +148,9 @@ def canonical(found: list[str], family: str) -> dict[str, str]:
         alias = names.aliases.get(name, name)
         if bare and alias.split(".")[0] not in HEAD:
             alias = names.base + alias
-        if not re.search(names.skipped + "$", alias):
-            result[alias] = name
+        if re.search(names.skipped + "$", alias):
+            continue
+        if alias in result:
+            raise DataError(f"the tensors {result[alias]!r} and {name!r} have the same place in a {family}; remove one")
+        result[alias] = name
     return result
