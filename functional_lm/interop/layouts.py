@@ -139,7 +139,8 @@ def _foreign(name: str, family: str, names: Names, config: ModelConfig) -> list[
 def canonical(found: list[str], family: str) -> dict[str, str]:
     """The names in a file by the names that `layouts` gives them; what holds no weights is left out.
 
-    A file of the bare model lacks the prefix of all names but the output's. Raises DataError for two names of one place.
+    A file of the bare model lacks the prefix of all names but the output's. Raises DataError for two names of
+    one place.
     """
     names = NAMES.get(family, NATIVE_NAMES)
     bare = not any(name.startswith(names.base) for name in found)
