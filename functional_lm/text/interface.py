@@ -26,7 +26,9 @@ UNKNOWN, DELIMITER = "<unk>", "<|endoftext|>"
 SYSTEM, USER, ASSISTANT, END = CHAT = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 # The file that tells the kind of a saved tokenizer; a folder has one of them.
 SENTENCEPIECE_FILE, WORDCHAR_FILE, BYTES_FILE = "tokenizer.model", "tokenizer.wordchar.json", "tokenizer.bytes.json"
-MODEL_FILES = (SENTENCEPIECE_FILE, WORDCHAR_FILE, BYTES_FILE)
+# Hugging Face's, which stands for itself where it is alone; beside one of the others it is a translation of it.
+TOKENIZERS_FILE = "tokenizer.json"
+MODEL_FILES = (SENTENCEPIECE_FILE, WORDCHAR_FILE, BYTES_FILE, TOKENIZERS_FILE)
 
 
 @runtime_checkable

@@ -1,0 +1,184 @@
+"""Byte-level BPE from Hugging Face's `tokenizer.json` (GPT-2's, Llama 3's, Qwen's), through their `tokenizers` package.
+
+Text is bytes here, so every text round-trips: a normal form that the file asks for (Qwen's NFC) is not taken, and
+special tokens are not looked for in a text. Both change ids only where the text is not in that form or spells such a
+token. Unlike the tokens of this project's own vocabularies, these may reach over a line's end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from functional_lm import files
+from functional_lm.errors import DataError
+from functional_lm.text.interface import TOKENIZERS_FILE, Table, byte_count, save_model
+
+# What cuts a text and takes nothing away, and the one normal form that may be left out.
+CUTTING = ("ByteLevel", "Split", "Digits", "Punctuation")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def alphabet() -> dict[str, int]:
+    """GPT-2's letters for the 256 bytes: themselves where they are printed, U+0100 and on in order otherwise."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [value for value in range(256) if value not in set(printed)]
+    return {chr(value): value for value in printed} | {chr(256 + i): value for i, value in enumerate(others)}
+
+
+class ByteLevelTokenizer(Table):
+    """A byte-level BPE; `bos` and `eos` are names of its tokens (one for both, if there is only one)."""
+
+    def __init__(self, text: str, bos: str | None, eos: str | None) -> None:
+        """Raises DataError for another kind of tokenizer, or where the `tokenizers` package is missing."""
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise DataError("byte-level BPE needs the package tokenizers: pip install 'functional_lm[hf]'") from error
+        description = _description(text)
+        added = {token["content"]: token for token in description.get("added_tokens", [])}
+        vocabulary = {**description["model"]["vocab"], **{name: token["id"] for name, token in added.items()}}
+        bos, eos = bos or eos, eos or bos
+        if bos is None or eos is None:
+            raise DataError(f"no bos_token and no eos_token in {' or '.join(SETTINGS)}; one must delimit documents")
+        for name in (bos, eos):
+            if name not in vocabulary:
+                raise DataError(f"the token {name!r} that delimits documents is not in the vocabulary")
+            if name in added:
+                added[name]["special"] = True
+        special = {name for name, token in added.items() if token["special"]} | {bos, eos}
+        self.special_ids: Mapping[str, int] = {
+            name: number for name, number in sorted(vocabulary.items(), key=lambda pair: pair[1]) if name in special
+        }
+        self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
+        self.unk_id: int | None = None
+        super().__init__(_table(vocabulary, added, special))
+        self._text, self._names = text, (bos, eos)
+        plain = {"normalizer": None, "post_processor": None, "truncation": None, "padding": None}
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**description, **plain}))
+        except Exception as error:  # the package raises nothing more precise
+            raise DataError(f"the tokenizers package cannot use it ({error})") from error
+        self._tokenizer.encode_special_tokens = True  # as ordinary text, that is
+        self.digest: str = hashlib.sha256(json.dumps([text, bos, eos]).encode()).hexdigest()
+        probe = " a  B\tﬁ e\u0301\r\n\n\0\u2581\U0001f600 " + "".join(self.special_ids)
+        if self.decode(self.encode(probe)) != probe:
+            raise DataError("this tokenizer changes text; only byte-level BPE that does not is read")
+
+    def __reduce__(self) -> tuple[type[ByteLevelTokenizer], tuple[str, str, str]]:
+        return ByteLevelTokenizer, (self._text, *self._names)  # to the processes that encode
+
+    @classmethod
+    def load(cls, path: Path) -> ByteLevelTokenizer:
+        """The tokenizer of a `tokenizer.json`, with the names that the files beside it give."""
+        try:
+            return cls(path.read_text(encoding="utf-8"), *_delimiters(path.parent))
+        except (DataError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def save(self, folder: str | Path) -> None:
+        save_model(folder, TOKENIZERS_FILE, self._text.encode("utf-8"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self._names[0],
+            "eos_token": self._names[1],
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+        }
+        files.write_json(Path(folder) / "tokenizer_config.json", settings)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.int32]]:
+        for text in texts:
+            byte_count(text)  # refuses half a surrogate pair
+        if threads > 1:  # the package's own threads, as many as it likes
+            found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        else:
+            found = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return [np.array(encoding.ids, np.int32) for encoding in found]
+
+
+def _description(text: str) -> dict[str, Any]:
+    """The file as JSON, held against what is read here. Raises DataError naming the part that is not."""
+    try:
+        description = json.loads(text)
+        model = description["model"]
+        kind, vocabulary = model["type"], model["vocab"]
+        parts = list(_flat(description["pre_tokenizer"], "pretokenizers"))
+        normal = [part["type"] for part in _flat(description.get("normalizer"), "normalizers")]
+        added = description.get("added_tokens", [])
+        strange = [token["content"] for token in added if not token["special"] and _reaching(token)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"not a tokenizer.json ({type(error).__name__}: {error})") from error
+    names = [part["type"] for part in parts]
+    if kind != "BPE" or "ByteLevel" not in names or not set(names) <= {*CUTTING}:
+        raise DataError(f"a {kind} cut by {', '.join(names) or 'nothing'}; only byte-level BPE is read")
+    if any(part.get("add_prefix_space") or part.get("behavior") == "Removed" for part in parts):
+        raise DataError("its pre_tokenizer adds a space or removes text; only lossless ones are read")
+    if not set(normal) <= {"NFC"}:
+        raise DataError(f"its normalizer is {', '.join(normal)}; only NFC, which is not needed, can be left out")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            raise DataError(f"its model has {name} {model[name]!r}, which byte-level BPE does not have")
+    if strange:
+        raise DataError(f"the added token {strange[0]!r} takes text around it away; only lossless ones are read")
+    if missing := alphabet().keys() - vocabulary.keys():
+        raise DataError(f"its vocabulary lacks {len(missing)} of the 256 bytes; not every text could be encoded")
+    return dict(description)
+
+
+def _flat(part: dict[str, Any] | None, inner: str) -> Iterator[dict[str, Any]]:
+    if part is None:
+        return
+    if part["type"] == "Sequence":
+        for child in part[inner]:
+            yield from _flat(child, inner)
+    else:
+        yield part
+
+
+def _reaching(token: dict[str, Any]) -> bool:
+    return any(token.get(name) for name in ("lstrip", "rstrip", "single_word"))
+
+
+def _table(vocabulary: dict[str, int], added: Mapping[str, Any], special: set[str]) -> list[bytes]:
+    letters = alphabet()
+    table = [b""] * (1 + max(vocabulary.values()))
+    for name, number in vocabulary.items():
+        if name in special:
+            continue
+        if name in added:
+            table[number] = name.encode("utf-8")
+        elif all(letter in letters for letter in name):
+            table[number] = bytes([letters[letter] for letter in name])
+        else:
+            raise DataError(f"the token {name!r} is not spelled in bytes; only byte-level BPE is read")
+    return table
+
+
+def _delimiters(folder: Path) -> tuple[str | None, str | None]:
+    """The names of bos and eos in the settings beside a tokenizer."""
+    found: list[str | None] = []
+    for role in ("bos_token", "eos_token"):
+        names = [_name(folder / file, role) for file in SETTINGS]
+        found.append(next((name for name in names if name), None))
+    return found[0], found[1]
+
+
+def _name(path: Path, role: str) -> str | None:
+    try:
+        value = files.read_json(path).get(role)
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path} is not an object of settings ({error})") from error
+    name = value.get("content") if isinstance(value, dict) else value
+    return name if isinstance(name, str) else None
