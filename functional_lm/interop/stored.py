@@ -64,10 +64,12 @@ def _shards(folder: Path) -> dict[str, Stored]:
         files = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is no index of shards: it has to map names to files under 'weight_map'") from error
-    found: dict[str, Stored] = {}
     for name in files:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise DataError(f"{index} names the shard {name!r}; a shard is a .safetensors file of the same folder")
+        _check_there(folder / name)
+    found: dict[str, Stored] = {}
+    for name in files:
         here = _header(folder / name)
         for tensor in here:
             if places.get(tensor) != name:
@@ -78,11 +80,14 @@ def _shards(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"no file {path}; copy the whole folder again")
+
+
 def _header(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise DataError(f"no file {path}; copy the whole folder again")
     try:
         with safe_open(str(path), framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

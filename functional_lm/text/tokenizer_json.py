@@ -69,14 +69,11 @@ def document(model: Json, special: Mapping[str, int], segment: str, prefix: str 
 def settings(special: Mapping[str, int], bos: int, eos: int, unknown: int | None) -> Json:
     """`tokenizer_config.json`: `AutoTokenizer` then takes `tokenizer.json` as it is and adds no token."""
     names = {number: name for name, number in special.items()}
-    named = {
-        "bos_token": names.get(bos),
-        "eos_token": names.get(eos),
-        "unk_token": names.get(-1 if unknown is None else unknown),
-    }
+    roles = {"bos_token": bos, "eos_token": eos, "unk_token": unknown}
+    named = {role: names[number] for role, number in roles.items() if number is not None}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{role: name for role, name in named.items() if name is not None},
+        **named,
         "additional_special_tokens": [name for name in special if name not in named.values()],
         "model_input_names": ["input_ids", "attention_mask"],
         "add_bos_token": False,
