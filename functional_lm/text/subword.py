@@ -62,7 +62,7 @@ class SentencePieceTokenizer(Table):
     literal U+2581, SentencePiece's own sign for a space, is emitted as its three byte pieces.
 
     Models of other projects that put a space before every text (`add_dummy_prefix`, Llama 2's) do so here: the ids
-    are those of `prefix + text`, and that is what they decode to.
+    of a text are those of `prefix + text`, which is what they decode to; an empty text stays empty.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -126,7 +126,7 @@ class SentencePieceTokenizer(Table):
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.int32]]:
         counts: list[int] = []  # segments of each text
         ids, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]  # of each segment; one zero in front
-        texts = [self.prefix + text for text in texts] if self.prefix else texts
+        texts = [self.prefix + text if text else text for text in texts]
         for batch in _batches(_segments(texts, counts, re.compile(self._segment))):
             found = self._encode_segments(batch, threads)
             lengths.append(np.fromiter(map(len, found), np.int64, len(found)))

@@ -48,7 +48,12 @@ def unigram(pieces: Sequence[str], score: Callable[[int], float | None], unknown
 
 
 def document(model: Json, special: Mapping[str, int], segment: str, prefix: str = "") -> Json:
-    """The whole file around a model. `segment` is the expression whose matches are encoded one by one."""
+    """The whole file around a model. `segment` is the expression whose matches are encoded one by one.
+
+    A unigram model there would read a text that spells a byte piece (`<0x41>`) as that byte: it is cut after the `<`.
+    """
+    cuts = [r"<(?=0x[0-9A-F]{2}>)"] * (model["type"] == "Unigram") + [segment]
+    splits = [{"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False} for cut in cuts]
     decoders: list[Json] = [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if prefix:
         decoders.append({"type": "Strip", "content": prefix, "start": len(prefix), "stop": 0})
@@ -59,7 +64,7 @@ def document(model: Json, special: Mapping[str, int], segment: str, prefix: str 
         "padding": None,
         "added_tokens": [{"id": number, "content": name, **token} for name, number in special.items()],
         "normalizer": {"type": "Prepend", "prepend": prefix} if prefix else None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": segment}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": model,
