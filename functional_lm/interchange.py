@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from functional_lm import console
 from functional_lm.cli import Command
@@ -14,6 +15,8 @@ FORMATS = {
     "hf": "functional_lm.interop.hugging_face:export",
     "gpt2": "functional_lm.interop.hugging_face:export_gpt2",
 }
+# What a tokenizer is to other programs; a kind that they do not have comes without.
+TRANSLATED = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def run_import(options: ImportFlags) -> int:
 def run_export(options: ExportFlags) -> int:
     module, _, name = FORMATS[options.format].partition(":")
     written = getattr(importlib.import_module(module), name)(options.model, options.out)
+    if not any((Path(options.out) / name).is_file() for name in TRANSLATED):
+        console.note("the tokenizer has no form that others read; its own file lies beside the model")
     console.say(f"the model is in {options.out}, as a {written}")
     return 0
 

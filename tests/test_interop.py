@@ -319,6 +319,7 @@ def byte_level(request: Any, hf: Any, tmp_path_factory: pytest.TempPathFactory) 
     assert made.token_to_id("<|begin|>") <= 400
     path = tmp_path_factory.mktemp("byte-level")
     there = hf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|begin|>", eos_token="<|end_of_text|>")
+    there.chat_template = "{{ messages }}"
     there.save_pretrained(path)
     return tokenizers.load(path), there
 
@@ -354,6 +355,7 @@ def test_a_byte_level_tokenizer_keeps_the_interface(byte_level: tuple[Tokenizer,
     here.save(tmp_path)
     loaded = tokenizers.load(tmp_path)
     again = hf.AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == there.chat_template
     for other in (copied, loaded):
         assert other.digest == here.digest
         assert other.encode(TEXT) == here.encode(TEXT) == again(TEXT, add_special_tokens=False)["input_ids"]
@@ -522,7 +524,10 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     rf"holds '{NORM}', and model\.safetensors\.index\.json does not say so": lambda p: change_index(
         p, lambda places: places.pop(NORM)
     ),
-    "is no index of shards": lambda p: (p / "model.safetensors.index.json").write_text("[]"),
+    r"has model\.safetensors and model\.safetensors\.index\.json": lambda p: (
+        p / "model.safetensors.index.json"
+    ).write_text("{}"),
+    "is no index of shards": lambda p: shard(p).write_text("[]"),
     "tie_word_embeddings is true .* 'lm_head.weight' is not the embedding": lambda p: edit(p, tie_word_embeddings=True),
     "'rope_type' is 'yarn'": lambda p: edit(p, rope_scaling={"type": "yarn"}),
     "no tokenizer in": lambda p: [(p / name).unlink() for name in ("tokenizer.model", "tokenizer.json")],
@@ -565,6 +570,24 @@ def test_shards_and_older_files_are_read(llama: Path, tmp_path: Path) -> None:
     save_file(tied, whole / "model.safetensors")
     edit(whole, tie_word_embeddings=True)
     assert "lm_head" not in hugging_face.load_folder(whole).params
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_files_of_the_bare_model_and_with_masks_are_read(name: str, tmp_path: Path, bpe: Tokenizer) -> None:
+    old = {"norm": "layernorm", "bias": "all", "feed_forward": "gelu", "tie_embeddings": name == "gpt2"}
+    old |= {"positions": "learned"} if name == "gpt2" else {}
+    save(tmp_path / "ours", ModelConfig(**{**CONFIG, "n_kv_heads": 4, **old}), bpe)
+    hugging_face.export(tmp_path / "ours", path := tmp_path / "theirs", name)
+    expected = tree.digest(hugging_face.load_folder(path).params)
+    base, place = ("transformer.", "h.1.attn") if name == "gpt2" else ("gpt_neox.", "layers.1.attention")
+    found = {key.removeprefix(base).replace("embed_out", "lm_head"): leaf for key, leaf in tensors(path).items()}
+    found |= {f"{place}.bias": torch.ones(1, 1, 4, 4), f"{place}.masked_bias": torch.tensor(-1e4)}
+    save_file(found, path / "model.safetensors")
+    assert tree.digest(hugging_face.load_folder(path).params) == expected
+    if name == "gpt_neox":
+        save_file({**found, "embed_out.weight": torch.ones(290, 16)}, path / "model.safetensors")
+        with pytest.raises(DataError, match=r"'embed_out\.weight' and 'lm_head\.weight' have the same place"):
+            hugging_face.load_folder(path)
 
 
 def test_the_keys_of_a_family_win_over_ours(llama: Path, bpe: Tokenizer) -> None:

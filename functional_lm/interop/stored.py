@@ -47,6 +47,8 @@ def catalogue(folder: Path) -> dict[str, Stored]:
     for numbers that are no floats.
     """
     if (folder / INDEX).is_file():
+        if (folder / SINGLE).is_file():
+            raise DataError(f"{folder} has {SINGLE} and {INDEX}; remove the one that does not belong to the model")
         return _shards(folder)
     if (folder / SINGLE).is_file():
         return _header(folder / SINGLE)

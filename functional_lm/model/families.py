@@ -102,7 +102,7 @@ def _read_gated(keys: Keys, **fixed: Any) -> dict[str, Any]:
     return fields
 
 
-def _write_gated(config: ModelConfig) -> dict[str, Any]:
+def _write_sizes(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -114,6 +114,12 @@ def _write_gated(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_len,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
+    }
+
+
+def _write_gated(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **_write_sizes(config),
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "attention_dropout": 0.0,
@@ -333,7 +339,7 @@ def to_hugging_face(
     ours = {OURS: config.to_json()}
     common = {"torch_dtype": dtype, **special}
     if name == OURS:
-        return {"model_type": OURS, "architectures": ["FunctionalLM"], **_write_gated(config), **common, **ours}
+        return {"model_type": OURS, "architectures": ["FunctionalLM"], **_write_sizes(config), **common, **ours}
     if reason := misfit(config, name):
         raise DataError(f"this model is no {name}: {reason}")
     family = FAMILIES[name]

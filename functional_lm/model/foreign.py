@@ -16,7 +16,8 @@ HARMLESS = frozenset({
     "output_scores", "problem_type", "finetuning_task", "is_decoder", "classifier_dropout", "summary_type",
     "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
     "reorder_and_upcast_attn", "gradient_checkpointing", "_attn_implementation", "attn_implementation",
-    "_attn_implementation_autoset",
+    "_attn_implementation_autoset", "_num_labels", "is_llama_config", "max_sequence_length", "max_length", "do_sample",
+    "temperature", "top_k", "top_p", "repetition_penalty",
 })  # fmt: skip
 # Keys that change nothing at one value.
 NEUTRAL: dict[str, Any] = {
@@ -30,6 +31,7 @@ NEUTRAL: dict[str, Any] = {
     "torchscript": False,
     "use_bfloat16": False,
     "rope_interleaved": False,
+    "use_mrope": False,
 }
 REMEDIES = {
     "quantization_config": "quantised weights are not read; import the folder that they were made from",

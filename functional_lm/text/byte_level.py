@@ -22,7 +22,9 @@ from functional_lm.text.interface import TOKENIZERS_FILE, Table, byte_count, sav
 
 # What cuts a text and takes nothing away, and the one normal form that may be left out.
 CUTTING = ("ByteLevel", "Split", "Digits", "Punctuation")
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+SETTINGS, TEMPLATE = ("tokenizer_config.json", "special_tokens_map.json"), "chat_template.jinja"
+# Settings for Hugging Face's tools that are kept as they are; nothing here reads them.
+KEPT = ("pad_token", "unk_token", "model_max_length", "padding_side", "chat_template")
 
 
 def alphabet() -> dict[str, int]:
@@ -33,9 +35,12 @@ def alphabet() -> dict[str, int]:
 
 
 class ByteLevelTokenizer(Table):
-    """A byte-level BPE; `bos` and `eos` are names of its tokens (one for both, if there is only one)."""
+    """A byte-level BPE: the text of a `tokenizer.json` and the settings beside it.
 
-    def __init__(self, text: str, bos: str | None, eos: str | None) -> None:
+    `bos_token` and `eos_token` are names of its tokens; where there is only one, it is both.
+    """
+
+    def __init__(self, text: str, settings: Mapping[str, Any]) -> None:
         """Raises DataError for another kind of tokenizer, or where the `tokenizers` package is missing."""
         try:
             import tokenizers
@@ -44,7 +49,7 @@ class ByteLevelTokenizer(Table):
         description = _description(text)
         added = {token["content"]: token for token in description.get("added_tokens", [])}
         vocabulary = {**description["model"]["vocab"], **{name: token["id"] for name, token in added.items()}}
-        bos, eos = bos or eos, eos or bos
+        bos, eos = (_named(settings, *roles) for roles in (("bos_token", "eos_token"), ("eos_token", "bos_token")))
         if bos is None or eos is None:
             raise DataError(f"no bos_token and no eos_token in {' or '.join(SETTINGS)}; one must delimit documents")
         for name in (bos, eos):
@@ -59,7 +64,8 @@ class ByteLevelTokenizer(Table):
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
         self.unk_id: int | None = None
         super().__init__(_table(vocabulary, added, special))
-        self._text, self._names = text, (bos, eos)
+        self._text, self._settings = text, {"bos_token": bos, "eos_token": eos}
+        self._settings |= {name: settings[name] for name in KEPT if settings.get(name) is not None}
         plain = {"normalizer": None, "post_processor": None, "truncation": None, "padding": None}
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**description, **plain}))
@@ -71,14 +77,14 @@ class ByteLevelTokenizer(Table):
         if self.decode(self.encode(probe)) != probe:
             raise DataError("this tokenizer changes text; only byte-level BPE that does not is read")
 
-    def __reduce__(self) -> tuple[type[ByteLevelTokenizer], tuple[str, str, str]]:
-        return ByteLevelTokenizer, (self._text, *self._names)  # to the processes that encode
+    def __reduce__(self) -> tuple[type[ByteLevelTokenizer], tuple[str, dict[str, Any]]]:
+        return ByteLevelTokenizer, (self._text, self._settings)  # to the processes that encode
 
     @classmethod
     def load(cls, path: Path) -> ByteLevelTokenizer:
         """The tokenizer of a `tokenizer.json`, with the names that the files beside it give."""
         try:
-            return cls(path.read_text(encoding="utf-8"), *_delimiters(path.parent))
+            return cls(path.read_text(encoding="utf-8"), _settings(path.parent))
         except (DataError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -86,8 +92,7 @@ class ByteLevelTokenizer(Table):
         save_model(folder, TOKENIZERS_FILE, self._text.encode("utf-8"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self._names[0],
-            "eos_token": self._names[1],
+            **self._settings,
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
         }
@@ -164,21 +169,26 @@ def _table(vocabulary: dict[str, int], added: Mapping[str, Any], special: set[st
     return table
 
 
-def _delimiters(folder: Path) -> tuple[str | None, str | None]:
-    """The names of bos and eos in the settings beside a tokenizer."""
-    found: list[str | None] = []
-    for role in ("bos_token", "eos_token"):
-        names = [_name(folder / file, role) for file in SETTINGS]
-        found.append(next((name for name in names if name), None))
-    return found[0], found[1]
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings beside a tokenizer; those of the first file that has one count."""
+    found: dict[str, Any] = {}
+    for name in SETTINGS:
+        try:
+            values = files.read_json(folder / name)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise DataError(f"{folder / name} is not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{folder / name} holds a {type(values).__name__}, not an object of settings")
+        found = {**values, **{key: value for key, value in found.items() if value is not None}}
+    if (template := folder / TEMPLATE).is_file():
+        found["chat_template"] = template.read_text(encoding="utf-8")
+    return found
 
 
-def _name(path: Path, role: str) -> str | None:
-    try:
-        value = files.read_json(path).get(role)
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not an object of settings ({error})") from error
-    name = value.get("content") if isinstance(value, dict) else value
-    return name if isinstance(name, str) else None
+def _named(settings: Mapping[str, Any], *roles: str) -> str | None:
+    """The token of the first of these roles that has one; a token may be its name or an object with it."""
+    values = [settings.get(role) for role in roles]
+    names = [value.get("content") if isinstance(value, Mapping) else value for value in values]
+    return next((name for name in names if isinstance(name, str) and name), None)
