@@ -212,6 +212,7 @@ def digest(tree: Any) -> str:
 # Safetensors ----------------------------------------------------------------------------------------------------
 
 SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SAFETENSORS |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 
 
 def save(tree: Any, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:

@@ -53,11 +53,11 @@ def members(draw: st.DrawFn, name: str, **more: Any) -> ModelConfig:
         fixed = {**GATED, **PLAIN, "head_dim": even}
         heads, shared = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]))
         fixed |= {"n_heads": heads, "n_kv_heads": shared}
-        fixed["d_model"] = 2 * heads * draw(st.integers(1, 5))
+        fixed["d_model"] = (2 * heads if name == "llama" else 2) * draw(st.integers(1, 5))
         if name == "llama":
             fixed["bias"] = draw(st.sampled_from(["none", "attention", "all"]))
         elif name == "mistral":
-            fixed |= {"bias": "none", "sliding_window": draw(st.integers(1, 6))}
+            fixed |= {"bias": "none", "sliding_window": draw(st.integers(0, 6))}
         else:
             fixed["sliding_window"] = draw(st.sampled_from([0, 3]))
             fixed["bias"] = "qkv" if name == "qwen2" else draw(st.sampled_from(["none", "attention"]))

@@ -123,6 +123,7 @@ def test_a_layout_holds_every_leaf_once_and_joins_what_it_splits(name: str, data
 def test_a_file_written_tensor_by_tensor_is_the_one_written_at_once(tmp_path: Path) -> None:
     flat = {"b": torch.ones(3, dtype=torch.bfloat16), "a.1": torch.zeros(2, 3), "c": torch.tensor(2.0)}
     flat |= {"a.10": torch.zeros(0, 4), "d": torch.ones(1, dtype=torch.float64), "a.2": torch.arange(4.0).view(2, 2).T}
+    flat |= {"e": torch.arange(-2, 3, dtype=torch.int8), "f": torch.arange(3)}
     described = {name: leaf.to("meta") for name, leaf in flat.items()}
     tree.save_each(tmp_path / "each", described, flat.__getitem__)
     assert tree.digest(tree.load(tmp_path / "each")) == tree.digest(tree.unflatten(flat))

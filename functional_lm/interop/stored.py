@@ -7,6 +7,7 @@ that no more of it than that tensor is mapped into memory.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ def _shards(folder: Path) -> dict[str, Stored]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is no index of shards: it has to map names to files under 'weight_map'") from error
     for name in files:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if not re.fullmatch(r"[\w .+=@-]+\.safetensors", str(name)):
             raise DataError(f"{index} names the shard {name!r}; a shard is a .safetensors file of the same folder")
         _check_there(folder / name)
     found: dict[str, Stored] = {}

@@ -8,6 +8,9 @@ one after another.
 
 `<|endoftext|>` is the one delimiter of documents: it begins each document and so also ends the one before, which
 makes it `bos` and `eos` at once.
+
+Tokenizers of other projects have delimiters of their own, and keep two of these laws less strictly: tokens of
+byte-level BPE may reach over a line's end, and SentencePiece models with a dummy prefix put a space before a text.
 """
 
 from __future__ import annotations
