@@ -227,6 +227,11 @@ def test_greedy_text_is_the_same(hf: Any, tmp_path: Path, bpe: Tokenizer) -> Non
     assert tokenizer("A folder")["input_ids"] == ids
     mine = generate(params, config, bpe, "A folder", max_tokens=20, temperature=0, stop_ids=())
     assert "A folder" + bpe.decode(greedy(model, ids, 20)) == mine
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "again")
+    again = hugging_face.load_folder(tmp_path / "again")
+    assert (again.config, tree.digest(again.params)) == (config, tree.digest(params))
+    assert again.tokenizer.encode("A folder") == ids
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------
@@ -270,6 +275,25 @@ def test_ids_are_the_same_there(opened: tuple[Tokenizer, Any], text: str) -> Non
     ids = made.encode(text)
     assert there(text)["input_ids"] == ids
     assert there.decode(ids, skip_special_tokens=True) == text
+
+
+@given(text=TEXTS)
+def test_what_they_save_again_is_the_same_here(
+    opened: tuple[Tokenizer, Any], saved_again: Tokenizer, text: str
+) -> None:
+    made, _ = opened
+    assert saved_again.encode(text) == made.encode(text)
+    assert saved_again.decode(made.encode(text)) == text
+    assert dict(saved_again.special_ids) == dict(made.special_ids)
+
+
+@pytest.fixture(scope="session")
+def saved_again(opened: tuple[Tokenizer, Any], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Our vocabulary in the files that transformers writes, which has no SentencePiece model."""
+    path = tmp_path_factory.mktemp("again")
+    opened[1].save_pretrained(path)
+    assert not (path / "tokenizer.model").exists()
+    return tokenizers.load(path)
 
 
 def test_special_tokens_are_the_same_there(opened: tuple[Tokenizer, Any]) -> None:
@@ -364,12 +388,13 @@ def test_a_byte_level_tokenizer_keeps_the_interface(byte_level: tuple[Tokenizer,
 
 
 BYTE_LEVEL_REFUSED: dict[str, Callable[[Any], Any]] = {
-    "only byte-level BPE is read": lambda made: made["pre_tokenizer"].update(type="Whitespace"),
+    "only BPE that is byte-level": lambda made: made["pre_tokenizer"].update(type="Whitespace"),
     "a WordPiece cut by": lambda made: made["model"].update(type="WordPiece"),
     "adds a space": lambda made: made["pre_tokenizer"].update(add_prefix_space=True),
     "its normalizer is Lowercase": lambda made: made.update(normalizer={"type": "Lowercase"}),
     "its model has end_of_word_suffix '</w>'": lambda made: made["model"].update(end_of_word_suffix="</w>"),
     "lacks 1 of the 256 bytes": lambda made: made["model"]["vocab"].pop("!"),
+    "ids that are no whole numbers": lambda made: made["model"]["vocab"].update({"!": 1 << 40}),
     "is not spelled in bytes": lambda made: made["model"]["vocab"].update({"a b": 300}),
     "takes text around it away": lambda made: made["added_tokens"].append(
         {"content": "<x>", "id": 301, "special": False, "lstrip": True}
@@ -379,7 +404,7 @@ BYTE_LEVEL_REFUSED: dict[str, Callable[[Any], Any]] = {
 
 
 def byte_level_json() -> dict[str, Any]:
-    from functional_lm.text.byte_level import alphabet
+    from functional_lm.text.byte_pairs import alphabet
 
     special = {"id": 256, "content": "<end>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
     return {

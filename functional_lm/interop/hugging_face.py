@@ -18,7 +18,7 @@ from functional_lm.errors import DataError, UsageError
 from functional_lm.folder import Model
 from functional_lm.interop.layouts import Layout, canonical, layouts
 from functional_lm.interop.stored import Stored, catalogue
-from functional_lm.model.config import ModelConfig
+from functional_lm.model.config import ModelConfig, read_object
 from functional_lm.model.families import FAMILIES, OURS, family_of, from_hugging_face, misfit
 from functional_lm.model.transformer import abstract
 from functional_lm.text import tokenizer as tokenizers
@@ -102,7 +102,7 @@ def examine(path: str | Path) -> Foreign:
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"no model folder at {path}")
-    values = _config(path / "config.json")
+    values = read_object(path / "config.json")
     config, family = from_hugging_face(values, str(path / "config.json")), str(values["model_type"])
     stored = catalogue(path)
     names = canonical(list(stored), family)
@@ -125,18 +125,6 @@ def examine(path: str | Path) -> Foreign:
         return layout.split(tensor)[part]
 
     return Foreign(config, tokenizer, described, read)
-
-
-def _config(path: Path) -> dict[str, object]:
-    try:
-        values = files.read_json(path)
-    except FileNotFoundError as error:
-        raise DataError(f"no configuration at {path}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds a {type(values).__name__}, not an object of settings")
-    return values
 
 
 def _fit(stored: dict[str, Stored], wanted: list[Layout], config: ModelConfig, path: Path) -> dict[str, Tensor]:

@@ -163,6 +163,13 @@ def read(path: str | Path) -> ModelConfig:
 
 def read_values(path: str | Path) -> dict[str, Any]:
     """The fields that a configuration file sets. Raises DataError for a missing file or one that is not JSON."""
+    values = read_object(path)
+    ours: dict[str, Any] = values.get("functional_lm", values)
+    return ours
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises DataError for a missing file or one that holds something else."""
     path = Path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -172,4 +179,4 @@ def read_values(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise DataError(f"{path} holds a {type(values).__name__}, not an object of settings")
-    return values.get("functional_lm", values)
+    return values

@@ -1,7 +1,7 @@
 """Tokenizers by kind and by file: `train`, `load`, and text from a stream of ids.
 
 The interface is in `interface.py`, the kinds are in `subword.py` (SentencePiece), `simple.py` (bytes; words and
-characters) and `byte_level.py` (Hugging Face's). `TRAINERS` (by kind) and `LOADERS` (by the file in a folder) are the
+characters) and `byte_pairs.py` (Hugging Face's). `TRAINERS` (by kind) and `LOADERS` (by the file in a folder) are the
 places for more of them.
 """
 
@@ -15,7 +15,7 @@ from typing import SupportsIndex
 
 from functional_lm.errors import DataError, UsageError
 from functional_lm.text import subword
-from functional_lm.text.byte_level import ByteLevelTokenizer
+from functional_lm.text.byte_pairs import BytePairTokenizer
 from functional_lm.text.interface import (
     BYTES_FILE,
     CHAT,
@@ -47,7 +47,7 @@ LOADERS: dict[str, Callable[[Path], Tokenizer]] = {
     SENTENCEPIECE_FILE: SentencePieceTokenizer.load,
     WORDCHAR_FILE: WordCharTokenizer.load,
     BYTES_FILE: ByteTokenizer.load,
-    TOKENIZERS_FILE: ByteLevelTokenizer.load,
+    TOKENIZERS_FILE: BytePairTokenizer.load,
 }
 
 

@@ -1,8 +1,10 @@
-"""Byte-level BPE from Hugging Face's `tokenizer.json` (GPT-2's, Llama 3's, Qwen's), through their `tokenizers` package.
+"""BPE that spells every byte, from Hugging Face's `tokenizer.json`, through their `tokenizers` package.
 
-Text is bytes here, so every text round-trips: a normal form that the file asks for (Qwen's NFC) is not taken, and
-special tokens are not looked for in a text. Both change ids only where the text is not in that form or spells such a
-token. Unlike the tokens of this project's own vocabularies, these may reach over a line's end.
+Two kinds: byte-level (GPT-2's, Llama 3's, Qwen's), whose letters are bytes; and what this project's own vocabularies
+are in such a file (`tokenizer_json.py`), whose letters are characters, with byte tokens for those that are unknown.
+Both give back every text: a normal form that the file asks for (Qwen's NFC) is not taken, and special tokens are not
+looked for in a text, which changes ids only where the text is not in that form or spells such a token. Unlike the
+tokens of this project, byte-level ones may reach over a line's end.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from functional_lm import files
 from functional_lm.errors import DataError
 from functional_lm.text.interface import TOKENIZERS_FILE, Table, byte_count, save_model
 
-# What cuts a text and takes nothing away, and the one normal form that may be left out.
+# What cuts a text and takes nothing away.
 CUTTING = ("ByteLevel", "Split", "Digits", "Punctuation")
+ONLY = "only BPE that is byte-level, or falls back to bytes, is read"
+BYTE_NAMES = {f"<0x{value:02X}>": value for value in range(256)}
+MOST = 1 << 24  # ids
 SETTINGS, TEMPLATE = ("tokenizer_config.json", "special_tokens_map.json"), "chat_template.jinja"
 # Settings for Hugging Face's tools that are kept as they are; nothing here reads them.
 KEPT = ("pad_token", "unk_token", "model_max_length", "padding_side", "chat_template")
@@ -34,8 +39,8 @@ def alphabet() -> dict[str, int]:
     return {chr(value): value for value in printed} | {chr(256 + i): value for i, value in enumerate(others)}
 
 
-class ByteLevelTokenizer(Table):
-    """A byte-level BPE: the text of a `tokenizer.json` and the settings beside it.
+class BytePairTokenizer(Table):
+    """The text of a `tokenizer.json` and the settings beside it.
 
     `bos_token` and `eos_token` are names of its tokens; where there is only one, it is both.
     """
@@ -45,7 +50,7 @@ class ByteLevelTokenizer(Table):
         try:
             import tokenizers
         except ImportError as error:
-            raise DataError("byte-level BPE needs the package tokenizers: pip install 'functional_lm[hf]'") from error
+            raise DataError("a tokenizer.json needs the package tokenizers: pip install 'functional_lm[hf]'") from error
         description = _description(text)
         added = {token["content"]: token for token in description.get("added_tokens", [])}
         vocabulary = {**description["model"]["vocab"], **{name: token["id"] for name, token in added.items()}}
@@ -63,7 +68,7 @@ class ByteLevelTokenizer(Table):
         }
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
         self.unk_id: int | None = None
-        super().__init__(_table(vocabulary, added, special))
+        super().__init__(_table(description, vocabulary, added, special))
         self._text, self._settings = text, {"bos_token": bos, "eos_token": eos}
         self._settings |= {name: settings[name] for name in KEPT if settings.get(name) is not None}
         plain = {"normalizer": None, "post_processor": None, "truncation": None, "padding": None}
@@ -75,13 +80,13 @@ class ByteLevelTokenizer(Table):
         self.digest: str = hashlib.sha256(json.dumps([text, bos, eos]).encode()).hexdigest()
         probe = " a  B\tﬁ e\u0301\r\n\n\0\u2581\U0001f600 " + "".join(self.special_ids)
         if self.decode(self.encode(probe)) != probe:
-            raise DataError("this tokenizer changes text; only byte-level BPE that does not is read")
+            raise DataError("this tokenizer changes text; only such that do not are read")
 
-    def __reduce__(self) -> tuple[type[ByteLevelTokenizer], tuple[str, dict[str, Any]]]:
-        return ByteLevelTokenizer, (self._text, self._settings)  # to the processes that encode
+    def __reduce__(self) -> tuple[type[BytePairTokenizer], tuple[str, dict[str, Any]]]:
+        return BytePairTokenizer, (self._text, self._settings)  # to the processes that encode
 
     @classmethod
-    def load(cls, path: Path) -> ByteLevelTokenizer:
+    def load(cls, path: Path) -> BytePairTokenizer:
         """The tokenizer of a `tokenizer.json`, with the names that the files beside it give."""
         try:
             return cls(path.read_text(encoding="utf-8"), _settings(path.parent))
@@ -124,19 +129,26 @@ def _description(text: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"not a tokenizer.json ({type(error).__name__}: {error})") from error
     names = [part["type"] for part in parts]
-    if kind != "BPE" or "ByteLevel" not in names or not set(names) <= {*CUTTING}:
-        raise DataError(f"a {kind} cut by {', '.join(names) or 'nothing'}; only byte-level BPE is read")
+    fallback = bool(model.get("byte_fallback"))
+    if kind != "BPE" or fallback == ("ByteLevel" in names) or not set(names) <= {*CUTTING}:
+        raise DataError(f"a {kind} cut by {', '.join(names) or 'nothing'}; {ONLY}")
     if any(part.get("add_prefix_space") or part.get("behavior") == "Removed" for part in parts):
         raise DataError("its pre_tokenizer adds a space or removes text; only lossless ones are read")
     if not set(normal) <= {"NFC"}:
-        raise DataError(f"its normalizer is {', '.join(normal)}; only NFC, which is not needed, can be left out")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        raise DataError(
+            f"its normalizer is {', '.join(normal)}; only NFC, which is not needed, can be left out (where the folder "
+            "has a tokenizer.model too, that is read instead)"
+        )
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise DataError(f"its model has {name} {model[name]!r}, which byte-level BPE does not have")
+            raise DataError(f"its model has {name} {model[name]!r}, which BPE over bytes does not have")
     if strange:
         raise DataError(f"the added token {strange[0]!r} takes text around it away; only lossless ones are read")
-    if missing := alphabet().keys() - vocabulary.keys():
+    if missing := (BYTE_NAMES if fallback else alphabet()).keys() - vocabulary.keys():
         raise DataError(f"its vocabulary lacks {len(missing)} of the 256 bytes; not every text could be encoded")
+    numbers = [*vocabulary.values(), *(token["id"] for token in added)]
+    if not all(isinstance(number, int) and 0 <= number < MOST for number in numbers):
+        raise DataError(f"its vocabulary has ids that are no whole numbers from 0 to {MOST - 1}")
     return dict(description)
 
 
@@ -154,18 +166,23 @@ def _reaching(token: dict[str, Any]) -> bool:
     return any(token.get(name) for name in ("lstrip", "rstrip", "single_word"))
 
 
-def _table(vocabulary: dict[str, int], added: Mapping[str, Any], special: set[str]) -> list[bytes]:
-    letters = alphabet()
+def _table(
+    description: dict[str, Any], vocabulary: dict[str, int], added: Mapping[str, Any], special: set[str]
+) -> list[bytes]:
+    """The bytes of each id, none for special tokens."""
+    letters, fallback = alphabet(), description["model"].get("byte_fallback")
     table = [b""] * (1 + max(vocabulary.values()))
     for name, number in vocabulary.items():
         if name in special:
             continue
-        if name in added:
+        if fallback and name in BYTE_NAMES:
+            table[number] = bytes([BYTE_NAMES[name]])
+        elif name in added or fallback:
             table[number] = name.encode("utf-8")
         elif all(letter in letters for letter in name):
             table[number] = bytes([letters[letter] for letter in name])
         else:
-            raise DataError(f"the token {name!r} is not spelled in bytes; only byte-level BPE is read")
+            raise DataError(f"the token {name!r} is not spelled in bytes; {ONLY}")
     return table
 
 
