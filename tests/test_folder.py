@@ -116,11 +116,12 @@ def test_a_missing_folder_comes_with_a_remedy(tmp_path: Path) -> None:
     [
         ("config.json", r"no configuration at .*config\.json"),
         ("model.safetensors", r"no file .*model\.safetensors"),
-        ("tokenizer.model", "tokenizer"),
+        ("tokenizer.*", "no tokenizer in"),
     ],
 )
 def test_a_missing_part_is_named(saved: tuple[Path, Tree, ModelConfig], name: str, message: str) -> None:
-    (saved[0] / name).unlink()
+    for part in saved[0].glob(name):
+        part.unlink()
     with pytest.raises(DataError, match=message):
         folder.load(saved[0])
 
