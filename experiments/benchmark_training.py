@@ -49,7 +49,7 @@ def ours(shape: str) -> tuple[Callable[[], float], int]:
     )
     params = transformer.init(config, keys.key(0))
     dtype = compiling.resolve_dtype("auto", torch.device("cpu"))
-    functions = step.training(config, optimizer.optimizer("adamw"), schedule.schedule("cosine", 2000, 100, 0.1), dtype)
+    functions = step.training(config, optimizer.optimizer("adamw"), schedule.cosine(100, 0.1), dtype)
     state = functions.init(params, keys.key(1))
     tokens = keys.randint(keys.key(2), (batch, block + 1), 0, vocabulary, torch.int64)
     data = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}

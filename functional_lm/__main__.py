@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import generate, interchange, prepare, train
+from functional_lm import architecture, generate, interchange, prepare, train
 from functional_lm.cli import main
 
 COMMANDS = (
     prepare.TRAIN_TOKENIZER,
     prepare.PREPARE,
+    architecture.CREATE_CONFIG,
+    architecture.INSPECT,
     train.COMMAND,
     generate.COMMAND,
     interchange.IMPORT,

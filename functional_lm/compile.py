@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from functional_lm import tree
+from functional_lm.errors import UsageError
 
 # torch counts compiled variants per code object (default 8, the ninth raises under fullgraph): closures made by one
 # factory share the count, so that a process that trains several configurations needs room.
@@ -38,6 +39,7 @@ def compiled(
     """
     if not enabled:
         return function
+    torch._dynamo.config.trace_autograd_ops = True  # activation checkpointing asks for it
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = 4 * VARIANTS
     options = INDUCTOR if backend == "inductor" else None
@@ -68,7 +70,10 @@ def obstacle(device: torch.device | str) -> str | None:
 
     Inductor writes C++ for the CPU and needs a compiler and Python's headers.
     """
-    if torch.device(device).type != "cpu":
+    kind = torch.device(device).type
+    if kind == "mps":
+        return "on Apple's GPU the step runs eagerly; --device cpu compiles"
+    if kind != "cpu":
         return None
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
@@ -81,22 +86,27 @@ def obstacle(device: torch.device | str) -> str | None:
 
 def resolve_device(name: str) -> torch.device:
     """`auto`: the accelerator that there is, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cpu")
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available()))
+    if not there.get(name.partition(":")[0], lambda: True)():
+        raise UsageError(f"torch sees no {name} device here; --device auto takes what there is")
+    return torch.device(name)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the device multiplies in it, else float32."""
+    """`auto`: bfloat16 where the device multiplies in it, float16 on a CUDA device that does not, else float32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
@@ -106,3 +116,5 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to; for timing only."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

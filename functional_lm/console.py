@@ -69,6 +69,15 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def size(number: float) -> str:
+    """Bytes: 1536 as `1.5 KiB`."""
+    for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 0.9995 * 1024**exponent:
+            value = number / 1024**exponent
+            return f"{value:.0f} {unit}" if value >= 999.5 else f"{value:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
 def duration(seconds: float) -> str:
     """75 as `1 min 15 s`."""
     minutes, rest = divmod(round(seconds), 60)

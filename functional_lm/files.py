@@ -127,6 +127,30 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def safetensors_header(path: str | Path) -> dict[str, dict[str, Any]]:
+    """`{name: {"dtype", "shape", "data_offsets"}}` of a safetensors file, without its tensors and without torch.
+
+    The file begins with the header's length (8 bytes, little-endian) and the header as JSON. Raises DataError for a
+    missing file, one that ends before its tensors do, and one of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no file {path}")
+    whole = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: Any = json.loads(file.read(length)) if length <= whole - 8 else None
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        intact = all(isinstance(entry["shape"], list) and "dtype" in entry for entry in tensors.values())
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+        intact, end = False, 0
+    if not intact or 8 + length + end != whole:
+        raise DataError(f"{path} is not a whole safetensors file; write or copy it again")
+    return tensors
+
+
 # Work that goes on after a kill ---------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ def start(config: ModelConfig, seed: int) -> TrainState:
 
 
 def training(config: ModelConfig = CONFIG) -> step.Training:
-    return step.training(config, optimizer.optimizer("adamw"), schedule.schedule("cosine", 10, 2, 0.1))
+    return step.training(config, optimizer.optimizer("adamw"), schedule.cosine(2, 0.1), numbers={"total_steps": 10})
 
 
 def batch(seed: int) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def counting() -> Training:
     """The "gradient" is the batch, so that the parameter is the sum of all batches seen; the loss is the batch."""
 
     def init(params: Any, key: Tensor) -> TrainState:
-        return TrainState(torch.tensor(0), {"sum": torch.tensor(0.0)}, {}, key, {})
+        return TrainState(torch.tensor(0), torch.tensor(0), {"sum": torch.tensor(0.0)}, {}, {}, {}, key, {})
 
     def gradients(state: TrainState, batch: Batch, microbatch: Any = 0) -> tuple[Any, Metrics]:
         return {"sum": batch["x"]}, Metrics(batch["x"], torch.tensor(1))
@@ -74,7 +74,7 @@ class World:
         self.events.append(("validate", int(state.step)))
         return {"val_loss": 1.0}
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, seconds: float) -> None:
         self.events.append(("save", int(state.step)))
 
     def of(self, *kinds: str) -> list[int]:
@@ -186,7 +186,7 @@ def test_neither_the_first_step_nor_validating_nor_saving_counts_as_training_tim
     world = World(batch)
     monkeypatch.setattr(loop, "time", Clock)
     monkeypatch.setattr(world, "validate", lambda state: wait(100.0) or {"val_loss": 1.0})
-    monkeypatch.setattr(world, "save", lambda state: wait(1000.0))
+    monkeypatch.setattr(world, "save", lambda state, seconds: wait(1000.0))
     outcome = run(world, steps=12, eval_every=3, save_every=4)
     assert outcome.rates == [5.0] * 11
     assert outcome.tokens_per_second == 5.0
@@ -259,16 +259,93 @@ def test_outside_the_main_thread_it_runs_without_handling_signals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
-    [(math.nan, "the loss is nan"), (math.inf, "the loss is inf"), (UNSTABLE, "the gradient norm is inf")],
+    ("value", "message"), [(math.nan, "the loss"), (math.inf, "the loss"), (UNSTABLE, "the gradient norm")]
 )
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_what_is_not_finite_raises_before_it_is_recorded_or_saved(
-    value: float, message: str, accumulation: int
+@pytest.mark.parametrize("limit", [1, 3])
+def test_steps_that_are_not_finite_are_recorded_and_end_the_run_when_too_many(
+    value: float, message: str, accumulation: int, limit: int
 ) -> None:
-    bad = 2 * accumulation  # the first microbatch of the third step
-    values = {bad: value, bad + 1: 0.0}
-    world = World(lambda number: values.get(number, 1.0))
-    with pytest.raises(FunctionalLMError, match=f"^{message} at step 3; lower --learning_rate"):
-        run(world, steps=8, save_every=1, eval_every=1, accumulation=accumulation)
-    assert world.of("record") == world.of("save") == [1, 2]
+    first = 2 * accumulation  # the first microbatch of the third step
+    bad = {first + i * accumulation: value for i in range(limit)}
+    world = World(lambda number: bad.get(number, 0.0))
+    last = 2 + limit
+    with pytest.raises(FunctionalLMError, match=f"^{message} is not finite in step {last}.*; lower --learning_rate"):
+        run(world, steps=9, accumulation=accumulation, bad_steps=limit)
+    assert world.of("record") == list(range(1, last))
+    assert world.of("save") == []
+    assert [values.get("skipped") for _, values in world.records] == [None, None, *[1] * (limit - 1)]
+
+
+def test_bad_steps_with_good_ones_between_them_do_not_end_a_run() -> None:
+    world = World(lambda number: math.nan if number % 2 else 1.0)
+    assert run(world, steps=9, bad_steps=2).ended == "steps"
+    assert [step for step, values in world.records if "skipped" in values] == [2, 4, 6, 8]
+
+
+# Other ends -----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Each batch takes two seconds, and nothing else takes any."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def batch(self, number: int) -> float:
+        self.now += 2.0
+        return 0.0
+
+
+@pytest.mark.parametrize(("before", "expected"), [(0.0, 30), (20.0, 20), (60.0, 0)])
+def test_a_run_limited_by_time_ends_with_it_and_schedules_see_its_length(
+    monkeypatch: pytest.MonkeyPatch, before: float, expected: int
+) -> None:
+    clock = Clock()
+    world = World(clock.batch)
+    monkeypatch.setattr(loop, "time", clock)
+    functions = counting()
+    state = functions.init({}, keys.key(0))._replace(numbers={"total_steps": torch.tensor(7.0)})
+    plan = Plan(**{**EAGER, "steps": 0, "seconds": 60.0, "seconds_before": before})
+    outcome = loop.run(state, functions, plan, world.hooks())
+    assert (outcome.steps, outcome.ended) == (expected, "time")
+    assert outcome.seconds == 60.0
+    if expected:
+        assert float(outcome.state.numbers["total_steps"]) == expected
+        assert world.of("save") == [expected]
+
+
+def test_enough_after_a_validation_ends_the_run() -> None:
+    world = World()
+    hooks = world.hooks()._replace(enough=lambda: world.of("validate")[-1] == 6)
+    functions = counting()
+    outcome = loop.run(
+        functions.init({}, keys.key(0)), functions, Plan(**{**EAGER, "steps": 20, "eval_every": 3}), hooks
+    )
+    assert (outcome.steps, outcome.ended) == (6, "patience")
+    assert world.of("validate") == [3, 6]
+    assert world.of("save") == [6]
+
+
+@given(steps=st.integers(1, 40), epoch=st.floats(0.3, 50))
+@settings(max_examples=30)
+def test_a_checkpoint_after_every_epoch(steps: int, epoch: float) -> None:
+    world = World()
+    run(world, steps=steps, save_epochs=epoch)
+    ends = {math.ceil(number * epoch) for number in range(1, int(steps / epoch) + 2)}
+    assert set(world.of("save")) >= {end for end in ends if end <= steps} - {steps}
+    assert set(world.of("save")) <= {*ends, *(end + 1 for end in ends), steps}  # a rounding may be one step late
+
+
+def test_samples_and_watchers_are_called() -> None:
+    world, watched = World(), []
+    hooks = world.hooks()._replace(
+        sample=lambda state: world.events.append(("sample", int(state.step))), watch=watched.append
+    )
+    functions = counting()
+    loop.run(functions.init({}, keys.key(0)), functions, Plan(**{**EAGER, "steps": 7, "sample_every": 3}), hooks)
+    assert world.of("sample") == [3, 6]
+    assert watched == list(range(1, 8))

@@ -5,6 +5,7 @@ Axes: B batch, T time, V vocabulary, P population.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from functional_lm import keys, tree
 from functional_lm.model import transformer
 from functional_lm.model.compute import compute_copy
 from functional_lm.model.config import ModelConfig
-from functional_lm.training import loop, optimizer, schedule, step
+from functional_lm.training import loop, optimizer, scaler, schedule, step
 from functional_lm.training.step import Batch, Training, TrainState
 
 V, T = 17, 8
@@ -36,6 +37,7 @@ LLAMA, DROPPING = CONFIGS["llama"], ModelConfig(**PLAIN, dropout=0.3)
 SHALLOW = {  # tracing takes seconds a layer
     "dropout": ModelConfig(**{**PLAIN, "n_layers": 1}, dropout=0.3),
     "untied": ModelConfig(**{**PLAIN, "n_layers": 1}, tie_embeddings=False, qk_norm=True, bias="qkv"),
+    "recomputing": ModelConfig(**{**PLAIN, "n_layers": 1}, checkpoint_activations=True),
 }
 SEED = st.integers(0, 2**31)
 
@@ -49,9 +51,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def made(config: ModelConfig = LLAMA, dtype: torch.dtype = torch.float32, **numbers: float) -> Training:
-    adamw, warm_cosine = optimizer.optimizer("adamw"), schedule.schedule("cosine", 20, 3, 0.1)
-    return step.training(config, adamw, warm_cosine, dtype, {"learning_rate": 1e-2, **numbers})
+def made(
+    config: ModelConfig = LLAMA, dtype: torch.dtype = torch.float32, ema: bool = False, **numbers: float
+) -> Training:
+    adamw, warm_cosine = optimizer.optimizer("adamw"), schedule.cosine(3, 0.1)
+    return step.training(
+        config, adamw, warm_cosine, dtype, {"learning_rate": 1e-2, "total_steps": 20, **numbers}, ema=ema
+    )
 
 
 def start(functions: Training, config: ModelConfig = LLAMA, seed: int = 0) -> TrainState:
@@ -242,6 +248,113 @@ def test_without_dropout_neither_key_nor_step_nor_microbatch_matter() -> None:
     assert same(functions.gradients(other, batch, 5), functions.gradients(state, batch))
 
 
+# What a step may do besides -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradients_with_recomputed_activations_are_the_same(name: str) -> None:
+    config, batch = CONFIGS[name], rows(3)
+    again = dataclasses.replace(config, checkpoint_activations=True, dropout=0.3)
+    functions, recomputing = made(dataclasses.replace(config, dropout=0.3)), made(again)
+    state = start(functions, config)
+    close(recomputing.gradients(state, batch, 2), functions.gradients(state, batch, 2))
+
+
+def test_recomputing_keeps_less() -> None:
+    """Bytes that wait for the backward pass: with recomputation a layer keeps its input alone."""
+
+    def kept(config: ModelConfig) -> int:
+        total = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        params = tree.map(Tensor.requires_grad_, transformer.init(config, keys.key(0)))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            transformer.loss(params, rows(8), config)
+        return total
+
+    deep = dataclasses.replace(LLAMA, n_layers=6)
+    assert kept(dataclasses.replace(deep, checkpoint_activations=True)) < 0.4 * kept(deep)
+
+
+@given(weight=st.floats(1e-3, 1.0), seed=SEED)
+@settings(max_examples=8)
+def test_the_z_loss_is_the_squared_log_partition_and_is_not_reported(weight: float, seed: int) -> None:
+    batch, params = rows(3, seed), transformer.init(LLAMA, keys.key(seed))
+    logits = transformer.forward(params, batch["tokens"], LLAMA)
+    counted = batch["targets"] != transformer.IGNORED
+    z = logits.logsumexp(-1)[counted].square().sum()
+    plain, sums = transformer.loss(params, batch, LLAMA)
+    more, same_sums = transformer.loss(params, batch, LLAMA, None, weight)
+    torch.testing.assert_close(more, plain + weight * z)
+    assert same(sums, same_sums)
+    ours, _ = step.loss_gradients(params, batch, LLAMA, None, torch.float32, z_loss=weight)
+    theirs = torch.func.grad(lambda p: transformer.loss(p, batch, LLAMA, None, weight)[0])(params)
+    close(ours, theirs)
+
+
+def test_the_mean_of_the_parameters_is_its_recurrence() -> None:
+    functions = made(ema_decay=0.5, ema=True)
+    state = start(functions)
+    mean = state.params
+    for number in range(6):
+        state, _ = functions.train_step(state, rows(2, seed=number))
+        keep = min(0.5, (1 + number) / (10 + number))
+        mean = tree.map(lambda old, new, keep=keep: keep * old + (1 - keep) * new, mean, state.params)
+        close(state.ema, mean, rtol=1e-5, atol=1e-6)
+    assert state.best_params is state.ema
+    assert start(made()).best_params is not None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad: float) -> None:
+    functions = made(ema=True)
+    state, _ = functions.train_step(start(functions), rows(2))
+    grads, metrics = functions.gradients(state, rows(2, seed=1))
+    broken = tree.map_named(lambda name, g: g * bad if "down_proj" in name else g, grads)
+    for arguments in ((broken, metrics), (grads, metrics._replace(nll=metrics.nll * bad))):
+        after, report = functions.apply(state, *arguments)
+        assert same((after.params, after.optimizer, after.ema), (state.params, state.optimizer, state.ema))
+        assert (int(after.step), int(after.skipped)) == (2, 1)
+        assert not (math.isfinite(report["loss"]) and math.isfinite(report["grad_norm"]))
+    after, _ = functions.apply(state, grads, metrics)
+    assert int(after.skipped) == 0
+    assert not same(after.params, state.params)
+
+
+def test_a_float16_loss_is_scaled_and_its_gradients_are_those_of_float32() -> None:
+    half, precise = made(dtype=torch.float16), made()
+    state = start(half)
+    assert float(state.scaler["scale"]) == scaler.START
+    batch = rows(4)
+    ours, theirs = half.gradients(state, batch), precise.gradients(start(precise), batch)
+    torch.testing.assert_close(ours[1].nll, theirs[1].nll, rtol=1e-2, atol=0)
+    assert float(tree.norm(tree.subtract(ours[0], theirs[0]))) < 0.02 * float(tree.norm(theirs[0]))
+    tiny = state._replace(scaler={**state.scaler, "scale": torch.tensor(1e-5)})
+    lost = half.gradients(tiny, batch)[0]  # without the scale some of the gradients vanish
+    assert sum(int((leaf == 0).sum()) for leaf in tree.leaves(lost)) > 2 * sum(
+        int((leaf == 0).sum()) for leaf in tree.leaves(ours[0])
+    )
+
+
+@given(events=st.lists(st.booleans(), max_size=30), interval=st.integers(1, 5))
+def test_the_scale_halves_after_an_overflow_and_doubles_after_good_steps(events: list[bool], interval: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaler, "INTERVAL", interval)
+        state, scale, good = scaler.init(torch.device("cpu")), scaler.START, 0
+        for finite in events:
+            state = scaler.update(state, torch.tensor(finite))
+            good = good + 1 if finite else 0
+            scale = scale if finite else max(1.0, scale / 2)
+            if good == interval:
+                good, scale = 0, min(scaler.LARGEST, 2 * scale)
+            assert (float(state["scale"]), int(state["good"])) == (scale, good)
+    assert scaler.update({}, torch.tensor(True)) == {}
+
+
 # Populations ----------------------------------------------------------------------------------------------------------
 
 
@@ -337,11 +450,21 @@ def five_steps(compiled: Any, functions: Training, config: ModelConfig, rtol: fl
     assert len(set(counts)) == 1
 
 
-@pytest.mark.parametrize(("backend", "name"), [("inductor", "dropout"), ("aot_eager", "untied")])
+@pytest.mark.parametrize(
+    ("backend", "name"), [("inductor", "dropout"), ("aot_eager", "untied"), ("aot_eager", "recomputing")]
+)
 def test_the_compiled_step_is_the_pure_step(backend: str, name: str) -> None:
     functions = made(SHALLOW[name])
     compiled = compiling.compiled(functions.train_step, donate=True, backend=backend)
     five_steps(compiled, functions, SHALLOW[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(optimizer.OPTIMIZERS))
+def test_every_optimizer_is_one_graph(name: str) -> None:
+    config = SHALLOW["untied"]
+    functions = step.training(config, optimizer.optimizer(name), schedule.schedule("wsd"), ema=True)
+    compiled = compiling.compiled(functions.train_step, donate=True, backend="eager")
+    five_steps(compiled, functions, config, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("donate", [True, False])

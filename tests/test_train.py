@@ -182,8 +182,8 @@ def test_a_run_is_nothing_but_the_public_functions_one_after_the_other(run: Path
     """Weights, batches and dropout come from the seed as it says here; equal bit for bit."""
     seed, config = keys.key(1337), functional_lm.load(run).config
     view, _ = dataset.split(dataset.open_dataset(run / "data" / "text"), 0.2, 1337)
-    rate = schedule.schedule("cosine", 12, 3, 0.1)
-    functions = training.training(config, optimizer.adamw(), rate, numbers={"learning_rate": 0.01})
+    rate = schedule.cosine(3, 0.1)
+    functions = training.training(config, optimizer.adamw(), rate, numbers={"learning_rate": 0.01, "total_steps": 12})
     params = functional_lm.init(config, keys.fold_in_name(seed, "init"))
     state = functions.init(params, keys.fold_in_name(seed, "training"))
     for step, loss in losses(run)[:4]:
@@ -372,6 +372,8 @@ def test_another_run_is_not_written_into_this_one(
         ({"block_size": 33}, 2, "--block_size 33 is longer than the model's --max_len 32"),
         ({"n_heads": 3}, 2, "d_model 32 is not a multiple of n_heads 3"),
         ({"vocab_size": 270}, 2, "vocab_size 270"),
+        ({"vocab_size": None}, 2, "vocab_size 4096 is more than this text supports; give "),
+        ({"vocab_size": None, "preset": "tiny"}, 2, " or less (--vocab_size "),
         ({"steps": 0}, 2, "--steps is 0"),
         ({"learning_rate": "nan"}, 2, "--learning_rate is nan"),
         ({"learning_rat": 0.1}, 2, "did you mean --learning_rate?"),
@@ -392,6 +394,26 @@ def test_a_wrong_call_is_refused_in_one_line_before_anything_is_written(
     assert pretrain(**{"data": text, "out": "run", **filled(flags, run)}) == code
     assert message in one_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_originals_keys_gives_architecture_and_vocabulary(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a resumed run compares the numbers that they came to, given or not."""
+    values = {name: FLAGS[name] for name in ARCHITECTURE} | {"vocab_size": 310, "use_rope": False, "device": "cpu"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    flags = {**dict.fromkeys(ARCHITECTURE), "data": text, "config": tmp_path / "config.json", "out": tmp_path / "run"}
+    quick = {"steps": 1, "eval_every": 0, "sample_tokens": 0}
+    assert pretrain(**flags, **quick, vocab_size=None) == 0
+    assert read(tmp_path / "run" / "run.json")["options"]["vocab_size"] == 310
+    trained = functional_lm.load(tmp_path / "run").config
+    assert (trained.vocab_size, trained.positions, trained.d_model) == (310, "learned", 32)
+    assert "a step needs about " in capsys.readouterr().out
+    for given in (None, 310):
+        assert pretrain(**flags, **quick, vocab_size=given) == 0
+        assert "is trained already" in capsys.readouterr().out
+    assert pretrain(**flags, **quick, vocab_size=320) == 2
+    assert "--vocab_size was 310, is 320" in one_line(capsys)
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(

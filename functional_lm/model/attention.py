@@ -15,14 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from functional_lm import keys
-from functional_lm.model.config import ModelConfig
+from functional_lm.model.config import LONG, ModelConfig
 from functional_lm.model.linear import linear
 from functional_lm.model.norm import norm
 from functional_lm.model.positions import Rotation, rotate
 from functional_lm.tree import Tree
-
-# Where a long row of queries on the CPU makes the fused kernel's memory worth its slower backward.
-LONG = 1024
 
 
 class Context(NamedTuple):

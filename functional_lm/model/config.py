@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from functional_lm.errors import DataError, UsageError
+from functional_lm.model.presets import ORIGINAL_KEYS, preset_values, translate
+from functional_lm.model.presets import PRESETS as PRESETS
 from functional_lm.options import check, option
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -25,6 +27,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm_placement": ("pre", "post"),
     "bias": ("none", "qkv", "attention", "all"),
 }
+# Where a long row of queries on the CPU makes the fused kernel's memory worth its slower backward.
+LONG = 1024
 
 
 @dataclass(frozen=True)
@@ -119,24 +123,12 @@ def from_json(values: dict[str, Any], source: str = "the configuration") -> Mode
     """The config of a dict with our names; an unknown name is refused with the nearest known one."""
     for name in values:
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, 1)
+            near = difflib.get_close_matches(name, [*NAMES, *sorted(ORIGINAL_KEYS)], 1)
             raise UsageError(f"{source} has an unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     try:
         return ModelConfig(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source} holds a value of the wrong type ({error})") from error
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"d_model": 256, "n_layers": 6, "n_heads": 4, "d_ff": 704, "max_len": 256},
-}
-
-
-def preset_values(name: str) -> dict[str, Any]:
-    """The fields that a named architecture sets."""
-    if name not in PRESETS:
-        raise UsageError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
@@ -148,7 +140,7 @@ def preset(name: str, **changes: Any) -> ModelConfig:
 
 
 def read(path: str | Path) -> ModelConfig:
-    """The ModelConfig of a `config.json` that this project wrote, or of a bare JSON file of our names.
+    """The ModelConfig of a configuration file, in any of the forms that `read_values` understands.
 
     Raises DataError for a `config.json` that another program wrote.
     """
@@ -162,10 +154,14 @@ def read(path: str | Path) -> ModelConfig:
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """The fields that a configuration file sets. Raises DataError for a missing file or one that is not JSON."""
+    """The fields that a configuration file sets, in our names.
+
+    The file is a `config.json` that this project wrote (values under "functional_lm"), or a bare object of our names
+    or of the originals' (`presets.translate`). Raises DataError for a missing file or one that is no JSON object,
+    UsageError for keys that contradict each other.
+    """
     values = read_object(path)
-    ours: dict[str, Any] = values.get("functional_lm", values)
-    return ours
+    return translate(_object(values.get("functional_lm", values), path), str(path))
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -177,6 +173,10 @@ def read_object(path: str | Path) -> dict[str, Any]:
         raise DataError(f"no configuration at {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON ({error})") from error
+    return _object(values, path)
+
+
+def _object(values: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DataError(f"{path} holds a {type(values).__name__}, not an object of settings")
     return values

@@ -117,4 +117,10 @@ def translate(values: dict[str, Any], source: str) -> dict[str, Any]:
             put(_RENAMED.get(key, key), value, key)
     if values.get("use_rope") is False and result.get("positions", "rope") == "rope":
         put("positions", "learned", "use_rope")
+    heads, shared = result.get("n_heads"), result.get("n_kv_heads")
+    if values.get("attention_type") == "mha" and heads and shared and heads != shared:
+        raise UsageError(
+            f"{source}: 'attention_type' 'mha' has as many key heads as query heads and 'n_kv_heads' is {shared!r} of "
+            f"{heads!r}; drop one"
+        )
     return result

@@ -307,15 +307,21 @@ def forward_cached(
 
 
 def loss(
-    params: Tree, batch: Mapping[str, Tensor], config: ModelConfig, key: Tensor | None = None
+    params: Tree, batch: Mapping[str, Tensor], config: ModelConfig, key: Tensor | None = None, z_loss: float = 0.0
 ) -> tuple[Float[Tensor, ""], dict[str, Any]]:
     """Negative log-likelihood in nats, *summed* over the predicted tokens, and `{"nll", "tokens"}` to divide by.
 
     `batch` holds `tokens` [B, T], `targets` [B, T] (IGNORED = -100 where nothing is predicted) and, to keep packed
     documents apart, `documents` [B, T]. Sums and counts of parts add up to those of the whole, so that microbatches,
     ranks and windows combine exactly; the mean is `nll / tokens`.
+
+    `z_loss` times the squared log of the softmax's denominator is added to the first value alone (PaLM, arXiv
+    2204.02311, section 5), which keeps logits from drifting.
     """
-    logits = forward(params, batch["tokens"], config, key, batch.get("documents"))
+    logits = wide(forward(params, batch["tokens"], config, key, batch.get("documents")))
     targets = batch["targets"]
-    nll = F.cross_entropy(wide(logits).flatten(0, -2), targets.flatten().long(), ignore_index=IGNORED, reduction="sum")
-    return nll, {"nll": nll.detach(), "tokens": (targets != IGNORED).sum()}
+    nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), ignore_index=IGNORED, reduction="sum")
+    sums = {"nll": nll.detach(), "tokens": (targets != IGNORED).sum()}
+    if not z_loss:
+        return nll, sums
+    return nll + z_loss * (logits.logsumexp(-1).square() * (targets != IGNORED)).sum(), sums

@@ -268,7 +268,8 @@ def _of_frequent_characters(sentences: list[str], vocab_size: int) -> list[str]:
 def _training_error(message: str, vocab_size: int) -> Exception:
     if most := re.search(r"too high.*<= (\d+)", message):
         return UsageError(
-            f"vocab_size {vocab_size} is more than this text supports; give {most[1]} or less, or more text"
+            f"vocab_size {vocab_size} is more than this text supports; "
+            f"give {most[1]} or less (--vocab_size {most[1]}), or more text"
         )
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UsageError(

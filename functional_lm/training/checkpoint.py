@@ -28,16 +28,29 @@ def name(step: int) -> str:
 
 
 def save(
-    checkpoints: str | Path, state: TrainState, config: ModelConfig, tokenizer: Tokenizer, memory: dict[str, Any]
+    checkpoints: str | Path,
+    state: TrainState,
+    config: ModelConfig | None,
+    tokenizer: Tokenizer,
+    memory: dict[str, Any],
 ) -> Path:
-    """Write the state under its step; `memory` is JSON that comes back with it."""
-    step = int(state.step)
+    """Write the state under its step; `memory` is JSON that comes back with it.
+
+    Without a `config` (a population, whose leaves have one more axis) it is no model folder: parameters go to the rest.
+    """
+    step = int(state.step.max())
     path = Path(checkpoints) / name(step)
-    rest = {part: value for part, value in state._asdict().items() if part != "params"}
+    parts = state._asdict()
     with files.writing_folder(path) as temporary:
-        folder.save(temporary, state.params, config, tokenizer)
-        tree.save(rest, temporary / "training.safetensors")
-        files.write_json(temporary / "training.json", {"format": FORMAT, "step": step, "memory": memory})
+        if config is not None:
+            folder.save(temporary, parts.pop("params"), config, tokenizer)
+        else:
+            tokenizer.save(temporary)
+        tree.save(parts, temporary / "training.safetensors")
+        files.write_json(
+            temporary / "training.json",
+            {"format": FORMAT, "step": step, "population": config is None, "memory": memory},
+        )
     return path
 
 
@@ -56,7 +69,9 @@ def load(path: str | Path, template: TrainState) -> tuple[TrainState, dict[str, 
     if notes["format"] != FORMAT:
         raise DataError(f"{path} has format {notes['format']}; this version reads {FORMAT}")
     device = template.key.device
-    flat: dict[str, Tensor] = tree.flatten({"params": tree.load(path / "model.safetensors", device)})
+    flat: dict[str, Tensor] = {}
+    if (path / "model.safetensors").exists() or not notes.get("population"):
+        flat |= tree.flatten({"params": tree.load(path / "model.safetensors", device)})
     flat |= tree.flatten(tree.load(path / "training.safetensors", device))
     return tree.restore(template, flat, str(path)), notes["memory"]
 

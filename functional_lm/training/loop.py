@@ -5,7 +5,7 @@ It knows nothing of files or text: data, validation and saving come in as functi
 
 from __future__ import annotations
 
-import math
+import itertools
 import signal
 import statistics
 import time
@@ -24,6 +24,7 @@ from functional_lm import compile as compiling
 from functional_lm import console, tree
 from functional_lm.compile import compiled
 from functional_lm.errors import FunctionalLMError
+from functional_lm.training.record import Value, Values
 from functional_lm.training.step import Batch, Metrics, Training, TrainState
 from functional_lm.tree import Tree
 
@@ -32,26 +33,34 @@ UNTIMED = 10  # first steps that do not count towards tokens per second
 
 
 class Hooks(NamedTuple):
-    """What the loop asks of the world outside."""
+    """What the loop asks of the world outside. Values are numbers, or lists of them for a population."""
 
     batch: Callable[[int], Batch]  # the microbatch of this number, on the device; a pure function
-    record: Callable[[int, Mapping[str, float]], None]
-    validate: Callable[[TrainState], Mapping[str, float]]
-    save: Callable[[TrainState], None]
+    record: Callable[[int, Values], None]
+    validate: Callable[[TrainState], Values]
+    save: Callable[[TrainState, float], None]  # the state, and the seconds that the run has taken so far
+    sample: Callable[[TrainState], None] = lambda state: None
+    enough: Callable[[], bool] = lambda: False  # asked after a validation: whether to end here
+    watch: Callable[[int], None] = lambda number: None  # after every step
 
 
 @dataclass(frozen=True)
 class Plan:
     """How far and how often; counted in steps, 0 for never."""
 
-    steps: int
+    steps: int  # 0: until the time is up
     tokens_per_step: int
     accumulation: int = 1
     eval_every: int = 0
     save_every: int = 0
+    sample_every: int = 0
     log_every: int = 1
     compile: bool = True
     progress: bool = True
+    seconds: float = 0.0  # wall time to train for, compiling included; 0: as long as the steps take
+    seconds_before: float = 0.0  # of it, what earlier parts of this run have used
+    save_epochs: float = 0.0  # steps an epoch has, to save after each; 0: no such checkpoints
+    bad_steps: int = 10  # skipped ones in a row that end the run
 
 
 @dataclass
@@ -61,8 +70,13 @@ class Outcome:
     state: TrainState
     steps: int = 0
     compile_seconds: float = 0.0
-    interrupted: bool = False
+    seconds: float = 0.0  # of the whole run, earlier parts included
+    ended: str = "steps"  # or "time", "patience", "interrupted": what made it stop
     rates: list[float] = field(default_factory=list)
+
+    @property
+    def interrupted(self) -> bool:
+        return self.ended == "interrupted"
 
     @property
     def tokens_per_second(self) -> float:
@@ -104,42 +118,99 @@ def whole_step(functions: Training, batch: Callable[[int], Batch], accumulation:
 
 
 def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Outcome:
-    """Train to `plan.steps`. Ctrl-C or SIGTERM finishes the step, saves and returns; a second one ends at once.
+    """Train until the plan's end. Ctrl-C or SIGTERM finishes the step, saves and returns; a second one ends at once.
 
-    Raises FunctionalLMError when the loss or the gradient is not finite; that step's state is not saved.
+    Raises FunctionalLMError when loss or gradient were not finite for `plan.bad_steps` steps in a row.
     """
     step = whole_step(functions, hooks.batch, plan.accumulation, plan.compile)
-    outcome, done = Outcome(state), int(state.step)
-    if done >= plan.steps:
+    outcome, done = Outcome(state, seconds=plan.seconds_before), steps_taken(state)
+    clock = _Clock(plan, done)
+    if ended := clock.ending(done):
+        outcome.ended = ended
         return outcome
     with _stopping() as stopping:
-        with console.announced("compiling the training step", quiet=not plan.compile) as clock:
+        with console.announced("compiling the training step", quiet=not plan.compile) as compiling_clock:
             outcome.state, report = step(outcome.state, done)
             compiling.synchronize(state.step.device)
-        outcome.compile_seconds = clock.seconds if plan.compile else 0.0
+        outcome.compile_seconds = compiling_clock.seconds if plan.compile else 0.0
+        clock.start()
         readings = _Readings(plan, in_flight=0 if state.step.device.type == "cpu" else 1)
         with _bar(plan, done) as bar:
-            for number in range(done + 1, plan.steps + 1):
+            for number in itertools.count(done + 1):
                 if number > done + 1:
                     outcome.state, report = step(outcome.state, number - 1)
+                hooks.watch(number)
                 readings.add(number, report)
-                last = number == plan.steps or stopping()
-                validating, saving = _due(number, plan.eval_every) and not last, _due(number, plan.save_every) or last
-                for settled, values in readings.ready(everything=validating or saving):
+                ended = clock.ending(number) or ("interrupted" if stopping() else "")
+                validating = _due(number, plan.eval_every) and not ended
+                saving = _due(number, plan.save_every) or _ends_epoch(number, plan.save_epochs) or bool(ended)
+                sampling = _due(number, plan.sample_every) and not ended
+                for settled, values in readings.ready(everything=validating or saving or sampling):
                     _show(bar, values)
-                    if settled % plan.log_every == 0 or last:
+                    if settled % plan.log_every == 0 or ended or "skipped" in values:
                         hooks.record(settled, values)
                 if validating:
                     hooks.record(number, hooks.validate(outcome.state))
-                if saving:
-                    hooks.save(outcome.state)
-                if validating or saving:
+                    ended = "patience" if hooks.enough() else ""
+                if sampling:
+                    hooks.sample(outcome.state)
+                if saving or ended:
+                    hooks.save(outcome.state, clock.seconds)
+                if validating or saving or sampling:
                     readings.restart_clock()
                     bar.unpause()
-                if last:
+                if ended:
                     break
-        outcome.steps, outcome.interrupted, outcome.rates = number - done, number < plan.steps, readings.rates
+                if (total := clock.estimate(number)) is not None:
+                    outcome.state = lasting(outcome.state, total)
+                    bar.total = total
+        outcome.steps, outcome.ended, outcome.rates = number - done, ended, readings.rates
+        outcome.seconds = clock.seconds
     return outcome
+
+
+def steps_taken(state: TrainState) -> int:
+    """How many steps a state, or each state of a population, has behind it."""
+    return int(state.step.max())
+
+
+def lasting(state: TrainState, total: float) -> TrainState:
+    """The state in a run of `total` steps, as schedules see it."""
+    numbers = {**state.numbers, "total_steps": torch.full_like(state.numbers["total_steps"], total)}
+    return state._replace(numbers=numbers)
+
+
+class _Clock:
+    """The seconds of a run, and when a run that is limited by them is going to end."""
+
+    EVERY = 10  # steps between estimates
+
+    def __init__(self, plan: Plan, done: int) -> None:
+        self._plan, self._began = plan, time.perf_counter()
+        self._first, self._first_at = done + 1, self._began
+
+    def start(self) -> None:
+        """The first step, which compiles, is behind us."""
+        self._first_at = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._plan.seconds_before + time.perf_counter() - self._began
+
+    def ending(self, number: int) -> str:
+        """Why the run ends after step `number`, "" if it does not."""
+        if self._plan.steps and number >= self._plan.steps:
+            return "steps"
+        return "time" if self._plan.seconds and self.seconds >= self._plan.seconds else ""
+
+    def estimate(self, number: int) -> int | None:
+        """The length of a run limited by time, now and then; at the pace since the first step."""
+        passed = number - self._first
+        if not self._plan.seconds or passed < 1 or number % self.EVERY:
+            return None
+        pace = (time.perf_counter() - self._first_at) / passed
+        total = number + max(1, round((self._plan.seconds - self.seconds) / pace))
+        return min(total, self._plan.steps or total)
 
 
 class _Readings:
@@ -150,24 +221,36 @@ class _Readings:
         self._plan, self._in_flight = plan, in_flight
         self._unread: deque[tuple[int, Report]] = deque()
         self._mark: float | None = None  # None: the time since the last reading is not that of a step
+        self._bad = 0  # steps in a row that changed nothing
 
     def add(self, number: int, report: Report) -> None:
         self._unread.append((number, report))
 
-    def ready(self, everything: bool) -> Iterator[tuple[int, dict[str, float]]]:
+    def ready(self, everything: bool) -> Iterator[tuple[int, dict[str, Value]]]:
         while len(self._unread) > (0 if everything else self._in_flight):
             number, report = self._unread.popleft()
-            values = {name: float(value) for name, value in report.items()}
-            for what, name in (("loss", "loss"), ("gradient norm", "grad_norm")):
-                if not math.isfinite(values[name]):
-                    raise FunctionalLMError(
-                        f"the {what} is {values[name]} at step {number}; lower --learning_rate or raise --warmup_steps"
-                    )
+            values: dict[str, Value] = {name: value.tolist() for name, value in report.items()}
             now = time.perf_counter()
             if self._mark is not None:
                 self.rates.append(self._plan.tokens_per_step / (now - self._mark))
             self._mark = now
-            yield number, values | {"tokens_per_second": self.rates[-1] if self.rates else 0.0}
+            skipped = self._skipped(number, report)
+            yield number, {**values, "tokens_per_second": self.rates[-1] if self.rates else 0.0, **skipped}
+
+    def _skipped(self, number: int, report: Report) -> dict[str, Value]:
+        """How many members (of one, or of a population) this step left as they were, {} for none."""
+        finite = torch.isfinite(report["loss"]) & torch.isfinite(report["grad_norm"])
+        if finite.all():
+            self._bad = 0
+            return {}
+        self._bad = 0 if finite.any() else self._bad + 1
+        if self._bad >= self._plan.bad_steps:
+            what = "gradient norm" if torch.isfinite(report["loss"]).any() else "loss"
+            before = f" and in the {self._bad - 1} before it" if self._bad > 1 else ""
+            raise FunctionalLMError(
+                f"the {what} is not finite in step {number}{before}; lower --learning_rate or raise --warmup_steps"
+            )
+        return {"skipped": int((~finite).sum())}
 
     def restart_clock(self) -> None:
         self._mark = time.perf_counter()
@@ -175,7 +258,7 @@ class _Readings:
 
 def _bar(plan: Plan, done: int) -> tqdm[Any]:
     return tqdm(
-        total=plan.steps,
+        total=plan.steps or None,
         initial=done,
         unit="step",
         desc="training",
@@ -184,14 +267,24 @@ def _bar(plan: Plan, done: int) -> tqdm[Any]:
     )
 
 
-def _show(bar: tqdm[Any], values: Mapping[str, float]) -> None:
-    rate = console.count(values["tokens_per_second"])
-    bar.set_postfix_str(f"loss {values['loss']:.3f}, lr {values['learning_rate']:.2e}, {rate} tokens/s", refresh=False)
+def _show(bar: tqdm[Any], values: Values) -> None:
+    loss, learning_rate = _mean(values["loss"]), _mean(values["learning_rate"])
+    rate = console.count(_mean(values["tokens_per_second"]))
+    bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.2e}, {rate} tokens/s", refresh=False)
     bar.update()
+
+
+def _mean(value: Value) -> float:
+    return statistics.fmean(value) if isinstance(value, list) else value
 
 
 def _due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
+
+
+def _ends_epoch(number: int, steps: float) -> bool:
+    """Whether an epoch of so many steps (not always a whole number) ends with step `number`."""
+    return steps > 0 and int(number / steps) > int((number - 1) / steps)
 
 
 @contextmanager

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from functional_lm import files
+from functional_lm.errors import UsageError
+
+Value = float | list[float]
+Values = Mapping[str, Value]
+
+
+class Sink(Protocol):
+    """A further place for the records."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+    def text(self, step: int, name: str, text: str) -> None: ...
+    def close(self) -> None: ...
 
 
 class Recorder:
@@ -18,9 +33,10 @@ class Recorder:
     Lines of `metrics.jsonl` past that step belong to steps that will be made again, and are dropped.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, also: Sink | None = None) -> None:
         from tensorboardX import SummaryWriter
 
+        self._also = also
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.path = folder / "metrics.jsonl"
@@ -41,15 +57,20 @@ class Recorder:
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._lines.close()
         self._board.close()
+        if self._also is not None:
+            self._also.close()
         self._log.removeHandler(self._handler)
         self._handler.close()
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line, one point in each TensorBoard curve, one line in the log."""
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
+    def metrics(self, step: int, values: Values) -> None:
+        """One line, one point in each TensorBoard curve, one line in the log; a list has a curve for each entry."""
+        self._lines.write(json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}}) + "\n")
+        flat = _flat(values)
+        for name, value in flat.items():
             self._board.add_scalar(name, value, step)
-        self.note(f"step {step} " + " ".join(f"{name} {value:.6g}" for name, value in values.items()))
+        if self._also is not None:
+            self._also.metrics(step, flat)
+        self.note(f"step {step} " + " ".join(f"{name} {value:.6g}" for name, value in flat.items()))
 
     def note(self, line: str) -> None:
         self._log.info("%s", line)
@@ -57,7 +78,56 @@ class Recorder:
     def text(self, step: int, name: str, text: str) -> None:
         """A sample of what the model writes."""
         self._board.add_text(name, text, step)
+        if self._also is not None:
+            self._also.text(step, name, text)
         self.note(f"step {step} {name}: {text!r}")
+
+
+class WandbSink:
+    """The same records for Weights & Biases, through its own package and its own environment variables.
+
+    Raises UsageError where the package is not installed.
+    """
+
+    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UsageError("--wandb needs a package: pip install 'functional_lm[wandb]'") from error
+        self._run = wandb.init(
+            project=project, name=folder.name, dir=str(folder), config=dict(settings), id=_id(folder), resume="allow"
+        )
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _id(folder: Path) -> str:
+    """The run's name there: the same for the same folder, so that a resumed run goes on in its curves."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+
+
+def _plain(value: Value) -> Any:
+    """A value as JSON has it: what is not finite is null."""
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return value if math.isfinite(value) else None
+
+
+def _flat(values: Values) -> dict[str, float]:
+    """Lists taken apart: `loss` of two members is `loss/0` and `loss/1`."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        flat |= {f"{name}/{i}": entry for i, entry in enumerate(value)} if isinstance(value, list) else {name: value}
+    return flat
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -80,15 +150,17 @@ def plot(folder: Path) -> Path:
     from matplotlib import pyplot
 
     rows = read(folder / "metrics.jsonl")
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    train = _curves(rows, "loss")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if train:
-        steps, losses = zip(*train)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training, by step")
-        axes.plot(steps, _smooth(losses), color="tab:blue", label="training, running mean")
-    if validation:
-        axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=3, label="validation")
+    for member, (steps, losses) in enumerate(train):
+        color, name = f"C{member}", f"member {member}" if len(train) > 1 else "training, running mean"
+        if len(train) == 1:
+            axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8, label="training, by step")
+        axes.plot(steps, _smooth(losses), color=color, label=name)
+    validation = _curves(rows, "val_loss")
+    for member, (steps, losses) in enumerate(validation):
+        color, name = ("C1", "validation") if len(validation) == 1 else (f"C{member}", "")
+        axes.plot(steps, losses, color=color, marker="o", markersize=3, label=name or None)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
     axes.grid(alpha=0.3)
     if train or validation:
@@ -98,7 +170,15 @@ def plot(folder: Path) -> Path:
     return folder / "loss.png"
 
 
-def _smooth(values: tuple[float, ...], decay: float = 0.95) -> list[float]:
+def _curves(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[list[int], list[float]]]:
+    """Steps and values of one curve, or of one for each member of a population; gaps are left out."""
+    found = [(row["step"], row[name] if isinstance(row[name], list) else [row[name]]) for row in rows if name in row]
+    members = range(len(found[0][1])) if found else ()
+    points = [[(step, values[i]) for step, values in found if values[i] is not None] for i in members]
+    return [([step for step, _ in curve], [value for _, value in curve]) for curve in points]
+
+
+def _smooth(values: Sequence[float], decay: float = 0.95) -> list[float]:
     """An exponential mean without the bias of its start."""
     result, total, weight = [], 0.0, 0.0
     for value in values:

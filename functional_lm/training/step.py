@@ -22,8 +22,9 @@ from functional_lm import keys, tree
 from functional_lm.model import transformer
 from functional_lm.model.compute import compute_copy
 from functional_lm.model.config import ModelConfig
-from functional_lm.training.optimizer import Optimizer
+from functional_lm.training import scaler
 from functional_lm.training.schedule import Schedule
+from functional_lm.training.transformation import Optimizer
 from functional_lm.tree import Tree
 
 Batch = Mapping[str, Tensor]
@@ -33,14 +34,23 @@ class TrainState(NamedTuple):
     """Every number that the next step reads; a pytree, stored as it is.
 
     `numbers` are the hyper-parameters that a step multiplies by (0-d float32: peak learning rate, weight decay, betas,
-    clip), tensors so that they can differ between the members of a population.
+    length of the run, ...), tensors so that they can change and can differ between the members of a population.
+    `ema` and `scaler` are empty where they are not used.
     """
 
-    step: Tensor
+    step: Tensor  # [] int64, steps taken
+    skipped: Tensor  # [] int64, how many of them changed nothing, as loss or gradient were not finite
     params: Tree
     optimizer: Tree
+    ema: Tree  # exponential mean of the parameters
+    scaler: Tree  # of a float16 loss
     key: Tensor
     numbers: dict[str, Tensor]
+
+    @property
+    def best_params(self) -> Tree:
+        """The parameters to measure and to keep: the mean where there is one."""
+        return self.ema or self.params
 
 
 class Metrics(NamedTuple):
@@ -59,6 +69,18 @@ class Training(NamedTuple):
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]
 
 
+DEFAULTS = {
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "momentum": 0.95,
+    "grad_clip": 1.0,
+    "ema_decay": 0.999,
+    "total_steps": 1000.0,
+}
+
+
 def training(
     config: ModelConfig,
     optimizer: Optimizer,
@@ -66,32 +88,58 @@ def training(
     dtype: torch.dtype = torch.float32,
     numbers: Mapping[str, float] | None = None,
     fuse: bool = True,
+    z_loss: float = 0.0,
+    ema: bool = False,
 ) -> Training:
-    """The step of `config` under `optimizer`; `dtype` is that of the compute copy, the masters stay float32."""
+    """The step of `config` under `optimizer`.
+
+    `dtype` is that of the compute copy (float16 brings a loss scale with it), the masters stay float32; `numbers`
+    change some of DEFAULTS; `z_loss` weighs the squared log-partition function; `ema` keeps a mean of the parameters.
+    """
     constants = {**DEFAULTS, **(numbers or {})}
 
     def init(params: Tree, key: Tensor) -> TrainState:
         device = key.device
-        values = {name: torch.tensor(float(value), device=device) for name, value in sorted(constants.items())}
         return TrainState(
-            torch.zeros((), dtype=torch.int64, device=device), params, optimizer.init(params), key, values
+            step=torch.zeros((), dtype=torch.int64, device=device),
+            skipped=torch.zeros((), dtype=torch.int64, device=device),
+            params=params,
+            optimizer=optimizer.init(params),
+            ema=tree.copy(params) if ema else {},
+            scaler=scaler.init(device) if dtype == torch.float16 else {},
+            key=key,
+            numbers={name: torch.tensor(float(value), device=device) for name, value in sorted(constants.items())},
         )
 
     def gradients(state: TrainState, batch: Batch, microbatch: Tensor | int = 0) -> tuple[Tree, Metrics]:
         key = None
         if config.dropout > 0:
             key = keys.fold_in(keys.fold_in(state.key, state.step), microbatch)
-        return loss_gradients(state.params, batch, config, key, dtype, fuse)
+        return loss_gradients(state.params, batch, config, key, dtype, fuse, z_loss, state.scaler.get("scale"))
 
     def apply(state: TrainState, grads: Tree, metrics: Metrics) -> tuple[TrainState, dict[str, Tensor]]:
         tokens = metrics.tokens.clamp(min=1)
         grads = tree.map(lambda g: g / tokens, grads)
-        learning_rate = schedule(state.step) * state.numbers["learning_rate"]
-        now = {**state.numbers, "step": state.step, "learning_rate": learning_rate}
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params, now)
+        norm, numbers = tree.norm(grads), state.numbers
+        finite = torch.isfinite(norm) & torch.isfinite(metrics.nll)
+        learning_rate = schedule(state.step, numbers["total_steps"]) * numbers["learning_rate"]
+        now = {**numbers, "step": state.step, "learning_rate": learning_rate}
+        updates, moments = optimizer.update(grads, state.optimizer, state.params, now)
         params = tree.map(lambda p, u: (p + u).to(p.dtype), state.params, updates)
-        report = {"loss": metrics.nll / tokens, "grad_norm": tree.norm(grads), "learning_rate": learning_rate}
-        return state._replace(step=state.step + 1, params=params, optimizer=optimizer_state), report
+        mean = averaged(state.ema, params, state.step, numbers["ema_decay"])
+        new, old = (params, moments, mean), (state.params, state.optimizer, state.ema)
+        params, moments, mean = tree.map(lambda after, before: torch.where(finite, after, before), new, old)
+        after = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + ~finite,
+            params=params,
+            optimizer=moments,
+            ema=mean,
+            scaler=scaler.update(state.scaler, finite),
+            key=state.key,
+            numbers=numbers,
+        )
+        return after, {"loss": metrics.nll / tokens, "grad_norm": norm, "learning_rate": learning_rate}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         return apply(state, *gradients(state, batch))
@@ -99,16 +147,51 @@ def training(
     return Training(init, gradients, apply, train_step)
 
 
-DEFAULTS = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0}
+def averaged(mean: Tree, params: Tree, step: Tensor, decay: Tensor) -> Tree:
+    """The exponential mean of the parameters, quick at first: its decay is (1 + t) / (10 + t) up to `decay`."""
+    keep = torch.minimum(decay, (1.0 + step) / (10.0 + step))
+    return tree.map(lambda old, new: new + keep * (old - new), mean, params) if mean else mean
 
 
 def loss_gradients(
-    params: Tree, batch: Batch, config: ModelConfig, key: Tensor | None, dtype: torch.dtype, fuse: bool = True
+    params: Tree,
+    batch: Batch,
+    config: ModelConfig,
+    key: Tensor | None,
+    dtype: torch.dtype,
+    fuse: bool = True,
+    z_loss: float = 0.0,
+    scale: Tensor | None = None,
 ) -> tuple[Tree, Metrics]:
-    """Gradients of the summed loss with respect to the masters, through the compute copy."""
+    """Gradients of the summed loss with respect to the masters, through the compute copy.
+
+    The loss is multiplied by `scale` on its way through float16, and the gradients are divided by it.
+    """
 
     def objective(masters: Tree) -> tuple[Tensor, dict[str, Any]]:
-        return transformer.loss(compute_copy(masters, dtype, fuse), batch, config, key)
+        copy = compute_copy(masters, dtype, fuse)
+        loss, sums = transformer.loss(copy, batch, config, key, z_loss)
+        return loss if scale is None else loss * scale, sums
 
-    grads, (_, sums) = torch.func.grad_and_value(objective, has_aux=True)(params)
+    gradient = recomputing_gradient if config.checkpoint_activations else torch.func.grad
+    grads, sums = gradient(objective, has_aux=True)(params)
+    if scale is not None:
+        grads = tree.map(lambda g: g / scale, grads)
     return grads, Metrics(**sums)
+
+
+def recomputing_gradient(function: Callable[[Tree], tuple[Tensor, Any]], has_aux: bool = True) -> Callable[..., Any]:
+    """torch.func.grad for functions that checkpoint activations, which it cannot differentiate (pytorch #122729).
+
+    The same gradient through torch.autograd, from detached leaves; it neither nests nor vmaps.
+    """
+    assert has_aux
+
+    def gradient(params: Tree) -> tuple[Tree, Any]:
+        leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
+        with torch.enable_grad():
+            value, aux = function(leaves)
+            grads = iter(torch.autograd.grad(value, tree.leaves(leaves)))
+        return tree.map(lambda leaf: next(grads), leaves), aux
+
+    return gradient

@@ -1,0 +1,205 @@
+"""What every command that trains does once it has functions, a state and batches: hooks, records, checkpoints, ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from functional_lm import console, files
+from functional_lm.errors import FunctionalLMError
+from functional_lm.training_flags import TrainingFlags
+
+if TYPE_CHECKING:
+    from functional_lm.evaluation.likelihood import Likelihood
+    from functional_lm.model.config import ModelConfig
+    from functional_lm.text.tokenizer import Tokenizer
+    from functional_lm.training.loop import Outcome
+    from functional_lm.training.record import Recorder, Values
+    from functional_lm.training.step import Batch, Training, TrainState
+    from functional_lm.tree import Tree
+
+
+class Job(NamedTuple):
+    """What is trained: functions and batches, how it is measured and how it writes."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    functions: Training
+    batch: Callable[[int], Batch]
+    measure: Callable[[Tree, int | None], Likelihood]  # over so many batches of the validation text, None: all of it
+    validates: bool  # whether there is such a text
+    sample: Callable[[Tree], Iterator[str]]  # in pieces, as it writes
+    steps_per_epoch: float
+    members: int = 0  # of a population; 0: one model
+
+
+@dataclass
+class Best:
+    """The best validation so far, and how many have come since."""
+
+    value: float | None = None
+    step: int = 0
+    waited: int = 0
+
+    def observe(self, step: int, value: float) -> bool:
+        """Whether this one is better (one that is not a number never is)."""
+        better = value == value and (self.value is None or value < self.value)
+        if better:
+            self.value, self.step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+        return better
+
+
+@contextmanager
+def recording(flags: TrainingFlags, out: Path, step: int) -> Iterator[Recorder]:
+    """The records of the run in `out`, from `step` on."""
+    from functional_lm.training.record import Recorder, WandbSink
+
+    settings = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
+    also = WandbSink(out, flags.wandb_project, settings) if flags.wandb else None
+    with Recorder(out, step, also) as recorder:
+        yield recorder
+
+
+def train(
+    flags: TrainingFlags, job: Job, state: TrainState, memory: Mapping[str, Any], out: Path, recorder: Recorder
+) -> tuple[Outcome, Best]:
+    """Train to the end of the flags' budget; `memory` is what the checkpoint that `state` comes from remembered.
+
+    Raises KeyboardInterrupt after a signal (the state is saved), FunctionalLMError out of memory or when the loss is
+    not finite any more.
+    """
+    from functional_lm.training import loop
+
+    best = Best(**memory.get("best", {}))
+    plan = _plan(flags, job, memory)
+
+    def record(step: int, values: Values) -> None:
+        recorder.metrics(step, values)
+        if "val_loss" in values:
+            console.say(f"step {step}: validation loss {_shown(values['val_loss'])}")
+
+    def validate(state: TrainState) -> Values:
+        losses = [job.measure(params, flags.eval_batches).loss for params in members(state, job)]
+        if flags.patience and best.observe(loop.steps_taken(state), losses[0]):
+            _keep(out / "best", state.best_params, job)
+        return {"val_loss": losses if job.members else losses[0]}
+
+    def save(state: TrainState, seconds: float) -> None:
+        from functional_lm.training import checkpoint
+
+        kept: dict[str, Any] = {"best": dataclasses.asdict(best)}
+        if flags.minutes:  # the one case in which the clock decides what comes
+            kept["seconds"] = seconds
+        whole = None if job.members else job.config
+        checkpoint.save(out / "checkpoints", state, whole, job.tokenizer, kept)
+        checkpoint.prune(out / "checkpoints", flags.keep)
+
+    def sample(state: TrainState) -> None:
+        recorder.text(loop.steps_taken(state), "sample", "".join(job.sample(members(state, job)[0])))
+
+    with _tracing(flags, out, recorder) as watch:
+        hooks = loop.Hooks(job.batch, record, validate, save, sample, lambda: 0 < flags.patience <= best.waited, watch)
+        try:
+            outcome = loop.run(state, job.functions, plan, hooks)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise FunctionalLMError(_advice(flags)) from error
+    if outcome.interrupted:
+        console.say(f"stopped; the same command goes on from {_newest(out)}")
+        raise KeyboardInterrupt  # the exit code of a stopped run, 130
+    return outcome, best
+
+
+def members(state: TrainState, job: Job) -> list[Tree]:
+    """The parameters to measure and to keep: of each member of a population, or of the one model."""
+    from functional_lm import tree
+
+    return tree.unstack(state.best_params) if job.members else [state.best_params]
+
+
+def _plan(flags: TrainingFlags, job: Job, memory: Mapping[str, Any]) -> Any:
+    from functional_lm.training.loop import Plan
+
+    assert flags.block_size is not None
+    microbatches = flags.gradient_accumulation_steps
+    return Plan(
+        steps=flags.steps or 0,
+        tokens_per_step=flags.batch_size * flags.block_size * microbatches * max(1, job.members),
+        accumulation=microbatches,
+        eval_every=flags.eval_every if job.validates else 0,
+        save_every=flags.save_every,
+        sample_every=flags.sample_every if flags.sample_tokens else 0,
+        log_every=flags.log_every,
+        compile=flags.compile,
+        seconds=60 * (flags.minutes or 0),
+        seconds_before=memory.get("seconds", 0.0),
+        save_epochs=job.steps_per_epoch if flags.save_epochs else 0,
+        bad_steps=flags.bad_steps,
+    )
+
+
+def _shown(value: float | list[float]) -> str:
+    return ", ".join(f"{entry:.4f}" for entry in (value if isinstance(value, list) else [value]))
+
+
+def _keep(path: Path, params: Tree, job: Job) -> None:
+    from functional_lm import folder
+
+    with files.writing_folder(path) as temporary:
+        folder.save(temporary, params, job.config, job.tokenizer)
+
+
+def _newest(out: Path) -> Path:
+    from functional_lm.training import checkpoint
+
+    return checkpoint.listing(out / "checkpoints")[-1]
+
+
+# Trouble and its traces -----------------------------------------------------------------------------------------------
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    words = ("can't allocate memory", "out of memory", "DefaultCPUAllocator")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+def _advice(flags: TrainingFlags) -> str:
+    smaller, more = max(1, flags.batch_size // 2), 2 * flags.gradient_accumulation_steps
+    same = f"--batch_size {smaller} with --gradient_accumulation_steps {more} makes the same steps in less"
+    return (
+        f"out of memory with {flags.batch_size} rows of {flags.block_size} tokens; "
+        f"{same if flags.batch_size > 1 else 'a smaller --block_size needs less'}, "
+        "--checkpoint_activations true trades time for it, --optimizer adafactor keeps less"
+    )
+
+
+@contextmanager
+def _tracing(flags: TrainingFlags, out: Path, recorder: Recorder) -> Iterator[Callable[[int], None]]:
+    """A watcher that traces `--profile` steps, after the first three, into trace.json and the log."""
+    if not flags.profile:
+        with nullcontext():
+            yield lambda number: None
+        return
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+
+    def ready(profiler: Any) -> None:
+        files.write_with(out / "trace.json", lambda path: profiler.export_chrome_trace(str(path)))
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        recorder.note("profile\n" + profiler.key_averages().table(sort_by=by, row_limit=25))
+        console.say(f"the trace of {flags.profile} steps is in {out / 'trace.json'}, its summary in training.log")
+
+    schedule = torch.profiler.schedule(wait=2, warmup=1, active=flags.profile, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=ready) as profiler:
+        yield lambda number: profiler.step()
