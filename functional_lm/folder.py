@@ -15,6 +15,7 @@ from functional_lm import files, tree
 from functional_lm.errors import DataError
 from functional_lm.model import config as model_config
 from functional_lm.model.config import ModelConfig
+from functional_lm.model.families import to_hugging_face
 from functional_lm.model.transformer import abstract
 from functional_lm.text import tokenizer as tokenizers
 from functional_lm.text.tokenizer import Tokenizer
@@ -70,9 +71,19 @@ def save(folder: str | Path, params: Tree, config: ModelConfig, tokenizer: Token
     """Write the parts of a model folder, each whole or not at all; other files of the folder stay."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(tree.leaves(params)[0].dtype).removeprefix("torch.")
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     tree.save(params, folder / "model.safetensors")
+    save_description(folder, config, tokenizer, tree.leaves(params)[0].dtype)
+
+
+def save_description(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, family: str | None = None
+) -> None:
+    """Everything of a model folder but its tensors, which have `dtype`.
+
+    `family` is the model_type to write: by default the one that needs no other names for the tensors.
+    """
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     tokenizer.save(folder)
     files.write_json(folder / "generation_config.json", special)
-    files.write_json(folder / "config.json", model_config.to_hugging_face(config, special, dtype))
+    written = to_hugging_face(config, special, str(dtype).removeprefix("torch."), family)
+    files.write_json(folder / "config.json", written)

@@ -211,6 +211,9 @@ def digest(tree: Any) -> str:
 
 # Safetensors ----------------------------------------------------------------------------------------------------
 
+SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SAFETENSORS |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+
 
 def save(tree: Any, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a safetensors file atomically.
@@ -227,6 +230,29 @@ def save(tree: Any, path: str | Path, metadata: Mapping[str, Any] | None = None)
             flat[name] = leaf.clone()
     notes = {"format": "pt"} if metadata is None else {"functional_lm": json.dumps(metadata, sort_keys=True)}
     files.write_with(path, lambda temporary: save_file(flat, str(temporary), metadata=notes))
+
+
+def save_each(path: str | Path, described: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Write a safetensors file atomically, one tensor in memory at a time.
+
+    `described` gives each tensor's shape and dtype (on the meta device, say), `read(name)` the tensor itself. Wide
+    dtypes come first, so that every tensor is aligned.
+    """
+    names = sorted(described, key=lambda name: (-described[name].element_size(), [*map(_order, name.split("."))]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        leaf, begin = described[name], end
+        end += leaf.numel() * leaf.element_size()
+        header[name] = {"dtype": SAFETENSORS[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with files.writing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            leaf = read(name).detach().cpu().contiguous()
+            assert (leaf.shape, leaf.dtype) == (described[name].shape, described[name].dtype), name
+            file.write(leaf.flatten().view(torch.uint8).numpy().data)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Tree:

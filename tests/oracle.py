@@ -111,6 +111,8 @@ def feed_forward(w: dict[str, Array], x: Array, config: ModelConfig) -> Array:
         inner = gate / (1 + np.exp(-gate)) * up
     elif config.feed_forward == "gelu":
         inner = 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+    elif config.feed_forward == "gelu_erf":
+        inner = up * 0.5 * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
     else:
         inner = np.maximum(up, 0) ** (2 if config.feed_forward == "relu2" else 1)
     return linear(w, "mlp.down_proj", inner)

@@ -45,11 +45,10 @@ from functional_lm.model.config import (
     CHOICES,
     ModelConfig,
     from_json,
-    is_llama,
     preset,
     read,
-    to_hugging_face,
 )
+from functional_lm.model.families import family_of, to_hugging_face
 from functional_lm.model.linear import linear
 from functional_lm.model.norm import norm
 from functional_lm.model.positions import restart, rotary_frequencies, rotate, rotation, sinusoids
@@ -100,7 +99,7 @@ def test_a_config_survives_its_file(tmp_path_factory: pytest.TempPathFactory, co
     written = to_hugging_face(config, {"bos_token_id": 1}, "float32")
     path.write_text(json.dumps(written))
     assert read(path) == config
-    assert (written["model_type"] == "llama") == is_llama(config)
+    assert written["model_type"] == family_of(config)
     path.write_text(json.dumps(config.to_json()))
     assert read(path) == config
 
@@ -198,7 +197,7 @@ def test_a_llama_has_the_names_and_shapes_of_hugging_face() -> None:
     config = ModelConfig(
         vocab_size=50, d_model=24, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, tie_embeddings=False
     )
-    assert is_llama(config)
+    assert family_of(config) == "llama"
     assert {name: list(leaf.shape) for name, leaf in tree.flatten(abstract(config)).items()} == {
         "lm_head.weight": [50, 24],
         "model.embed_tokens.weight": [50, 24],

@@ -18,6 +18,7 @@ from functional_lm import tree
 from functional_lm.errors import DataError, UsageError
 from functional_lm.model import account, config, transformer
 from functional_lm.model.config import PRESETS, ModelConfig, preset
+from functional_lm.model.families import to_hugging_face
 from functional_lm.model.presets import translate
 
 
@@ -149,7 +150,7 @@ def test_files_of_either_kind_are_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     some = read(path, {"d_model": 64, "n_heads": 4, "use_rope": False, "use_rms_norm": False, "dropout": 0.1})
     assert some == ModelConfig(d_model=64, n_heads=4, positions="learned", norm="layernorm", dropout=0.1)
-    assert read(path, config.to_hugging_face(some, {"eos_token_id": 1}, "float32")) == some
+    assert read(path, to_hugging_face(some, {"eos_token_id": 1}, "float32")) == some
     with pytest.raises(UsageError, match=r"config.json has an unknown key 'use_rop'; did you mean 'use_rope'"):
         read(path, {"use_rop": True})
     with pytest.raises(UsageError, match="'use_rope' means positions 'rope' and 'pos_type' means 'learned'"):

@@ -104,7 +104,8 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 def test_a_run_folder_is_a_model_folder_and_its_records(run: Path) -> None:
     written = contents(run)
-    model = {"config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json", "generation_config.json"}
+    model = {"config.json", "model.safetensors", "generation_config.json"}
+    model |= {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
     records = {"README.md", "metrics.jsonl", "summary.json", "run.json", "training.log", "loss.png"}
     assert model | records | {"data/text.bin", "data/text.index"} <= written.keys()
     assert any(name.startswith("tensorboard/") for name in written)

@@ -29,9 +29,9 @@ def parts(config: ModelConfig) -> list[Part]:
     A tied output has no parameters of its own, and is multiplied all the same.
     """
     width, queries, shared = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    everywhere, on_qkv = config.bias == "all", config.bias in ("all", "qkv")
+    everywhere, on_qkv, on_o = config.bias == "all", config.bias != "none", config.bias in ("all", "attention")
     attention = width * (2 * queries + 2 * shared)
-    attention_bias = (queries + 2 * shared) * on_qkv + width * everywhere
+    attention_bias = (queries + 2 * shared) * on_qkv + width * on_o
     matrices = 3 if config.feed_forward == "swiglu" else 2
     feed_forward = matrices * width * config.d_ff
     feed_forward_bias = (config.d_ff * (matrices - 1) + width) * everywhere

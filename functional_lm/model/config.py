@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from functional_lm.model.presets import PRESETS as PRESETS
 from functional_lm.options import check, option
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "feed_forward": ("swiglu", "gelu", "relu", "relu2"),
+    "feed_forward": ("swiglu", "gelu", "gelu_erf", "relu", "relu2"),
     "attention": ("auto", "standard", "flash"),
     "positions": ("rope", "sinusoidal", "learned", "none"),
     "norm": ("rmsnorm", "layernorm"),
     "norm_placement": ("pre", "post"),
-    "bias": ("none", "qkv", "all"),
+    "bias": ("none", "qkv", "attention", "all"),
 }
 # Where a long row of queries on the CPU makes the fused kernel's memory worth its slower backward.
 LONG = 1024
@@ -141,64 +140,21 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     return ModelConfig(**{**preset_values(name), **changes})
 
 
-# config.json ------------------------------------------------------------------------------------------------------
-
-
-def to_hugging_face(config: ModelConfig, special: Mapping[str, int | None], dtype: str) -> dict[str, Any]:
-    """The `config.json` of a model folder: Llama's keys where the architecture is a Llama, ours always."""
-    common = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.d_ff,
-        "max_position_embeddings": config.max_len,
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.initializer_range,
-        "torch_dtype": dtype,
-        **special,
-    }
-    ours = {"functional_lm": config.to_json()}
-    if not is_llama(config):
-        return {"model_type": "functional_lm", "architectures": ["FunctionalLM"], **common, **ours}
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        **common,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        **ours,
-    }
-
-
-def is_llama(config: ModelConfig) -> bool:
-    """Whether Hugging Face's LlamaForCausalLM computes the same function from the same tree."""
-    like = dataclasses.replace(
-        config,
-        positions="rope",
-        rotary_fraction=1.0,
-        rope_scaling=None,
-        norm="rmsnorm",
-        norm_placement="pre",
-        feed_forward="swiglu",
-        bias="none",
-        qk_norm=False,
-        sliding_window=0,
-        parallel_residual=False,
-        logit_softcap=0.0,
-    )
-    return like == config
+# Files -------------------------------------------------------------------------------------------------------------
 
 
 def read(path: str | Path) -> ModelConfig:
-    """The ModelConfig of a configuration file, in any of the forms that `read_values` understands."""
-    return from_json(read_values(path), str(path))
+    """The ModelConfig of a configuration file, in any of the forms that `read_values` understands.
+
+    Raises DataError for a `config.json` that another program wrote.
+    """
+    values = read_values(path)
+    if "model_type" in values:
+        raise DataError(
+            f"{path} describes a {values['model_type']!r} of another program; bring its folder in with "
+            f"`python -m functional_lm import --from {Path(path).parent} --out DIR`"
+        )
+    return from_json(values, str(path))
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
@@ -208,6 +164,12 @@ def read_values(path: str | Path) -> dict[str, Any]:
     or of the originals' (`presets.translate`). Raises DataError for a missing file or one that is no JSON object,
     UsageError for keys that contradict each other.
     """
+    values = read_object(path)
+    return translate(_object(values.get("functional_lm", values), path), str(path))
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises DataError for a missing file or one that holds something else."""
     path = Path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -215,8 +177,10 @@ def read_values(path: str | Path) -> dict[str, Any]:
         raise DataError(f"no configuration at {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON ({error})") from error
-    if isinstance(values, dict):
-        values = values.get("functional_lm", values)
+    return _object(values, path)
+
+
+def _object(values: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DataError(f"{path} holds a {type(values).__name__}, not an object of settings")
-    return translate(values, str(path))
+    return values

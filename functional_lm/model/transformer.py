@@ -60,7 +60,7 @@ def describe(config: ModelConfig) -> Tree:
         weight = {"weight": Leaf((size,), 1.0, 0.0)}
         return {"bias": Leaf((size,), 0.0, 0.0), **weight} if kind == "layernorm" and everywhere else weight
 
-    everywhere, on_qkv = config.bias == "all", config.bias in ("all", "qkv")
+    everywhere, on_qkv, on_o = config.bias == "all", config.bias != "none", config.bias in ("all", "attention")
     layer: Tree = {
         "input_layernorm": scale(width),
         "mlp": {
@@ -70,7 +70,7 @@ def describe(config: ModelConfig) -> Tree:
         "post_attention_layernorm": scale(width),
         "self_attn": {
             "k_proj": projection(shared, width, on_qkv),
-            "o_proj": projection(width, heads, everywhere, into_residual),
+            "o_proj": projection(width, heads, on_o, into_residual),
             "q_proj": projection(heads, width, on_qkv),
             "v_proj": projection(shared, width, on_qkv),
         },
@@ -134,6 +134,7 @@ def gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
+    "gelu_erf": F.gelu,  # x Φ(x), which GPT-2's form approximates
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }

@@ -8,6 +8,9 @@ one after another.
 
 `<|endoftext|>` is the one delimiter of documents: it begins each document and so also ends the one before, which
 makes it `bos` and `eos` at once.
+
+Tokenizers of other projects have delimiters of their own, and keep two of these laws less strictly: tokens of
+byte-level BPE may reach over a line's end, and SentencePiece models with a dummy prefix put a space before a text.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ UNKNOWN, DELIMITER = "<unk>", "<|endoftext|>"
 SYSTEM, USER, ASSISTANT, END = CHAT = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 # The file that tells the kind of a saved tokenizer; a folder has one of them.
 SENTENCEPIECE_FILE, WORDCHAR_FILE, BYTES_FILE = "tokenizer.model", "tokenizer.wordchar.json", "tokenizer.bytes.json"
-MODEL_FILES = (SENTENCEPIECE_FILE, WORDCHAR_FILE, BYTES_FILE)
+# Hugging Face's, which stands for itself where it is alone; beside one of the others it is a translation of it.
+TOKENIZERS_FILE = "tokenizer.json"
+MODEL_FILES = (SENTENCEPIECE_FILE, WORDCHAR_FILE, BYTES_FILE, TOKENIZERS_FILE)
 
 
 @runtime_checkable

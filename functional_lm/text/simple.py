@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from functional_lm import files
 from functional_lm.errors import DataError, UsageError
+from functional_lm.text import tokenizer_json
 from functional_lm.text.interface import (
     BYTES_FILE,
     CHAT,
@@ -54,6 +55,12 @@ class ByteTokenizer(Table):
 
     def save(self, folder: str | Path) -> None:
         save_model(folder, BYTES_FILE, self._model)
+        pieces = [*self.specials, *(f"<0x{value:02X}>" for value in range(256))]
+        model = tokenizer_json.bpe(pieces, (), UNKNOWN)
+        document = tokenizer_json.document(model, self.special_ids, "[^\n]*\n|[^\n]+")
+        files.write_json(Path(folder) / tokenizer_json.FILE, document)
+        settings = tokenizer_json.settings(self.special_ids, self.bos_id, self.eos_id, self.unk_id)
+        files.write_json(Path(folder) / "tokenizer_config.json", settings)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()

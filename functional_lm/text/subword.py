@@ -7,6 +7,7 @@ bytes for the rest. Ids: 0 is `<unk>` (never produced), 1 the delimiter, then th
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import re
 from collections import Counter
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from functional_lm import files
 from functional_lm.errors import DataError, UsageError
+from functional_lm.text import tokenizer_json
 from functional_lm.text.interface import (
     CHAT,
     DELIMITER,
@@ -34,7 +36,7 @@ from functional_lm.text.sample import sample
 # SentencePiece writes a space as U+2581, reserves U+2585 in training, and drops longer sentences from training.
 SPACE, RESERVED, SENTENCE_CHARACTERS = "\u2581", "\u2585", 1024
 # A line with its end; cut after so many characters, because memory and time per character grow with the length.
-SEGMENT = re.compile(f"[^\n{SPACE}]{{1,65536}}\n?|\n|{SPACE}")
+LINES, WHOLE = f"[^\n{SPACE}]{{1,65536}}\n?|\n|{SPACE}", f"[^{SPACE}]+|{SPACE}"
 SENTENCE = re.compile(f"[^\n{SPACE}{RESERVED}]{{1,{SENTENCE_CHARACTERS}}}\n?|\n")
 BATCH_CHARACTERS = 1 << 20
 FEWEST = 256 + 2 + len(CHAT)  # bytes and special tokens; the text's characters come on top
@@ -58,6 +60,9 @@ class SentencePieceTokenizer(Table):
     A text is encoded line by line (a line holds its line end, and is cut after 65,536 characters). In a model that
     was trained on lines no piece reaches over a line's end, so the ids are those of the whole text, only sooner. A
     literal U+2581, SentencePiece's own sign for a space, is emitted as its three byte pieces.
+
+    Models of other projects that put a space before every text (`add_dummy_prefix`, Llama 2's) do so here: the ids
+    of a text are those of `prefix + text`, which is what they decode to; an empty text stays empty.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -71,7 +76,7 @@ class SentencePieceTokenizer(Table):
             self._pieces = [self._processor.id_to_piece(i) for i in range(self._processor.vocab_size())]
         except (RuntimeError, ValueError, IndexError) as error:
             raise DataError("not a SentencePiece model (damaged, or another kind of file)") from error
-        self._model = model
+        self._model, self.prefix = model, ""
         super().__init__([self._piece_bytes(token) for token in range(len(self._pieces))])
         self._space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self.unk_id: int | None = self._processor.unk_id()
@@ -82,9 +87,21 @@ class SentencePieceTokenizer(Table):
             if self._processor.is_control(token) or self._processor.is_unknown(token)
         }
         self.digest: str = hashlib.sha256(model).hexdigest()
+        # Models of other projects may have pieces that reach over a line's end.
+        across = any("\n" in piece[:-1] for piece in self._pieces)
+        self._segment = WHOLE if across else LINES
+        if not self._lossless():
+            proto = _proto(model)
+            if proto.normalizer_spec.add_dummy_prefix:
+                proto.normalizer_spec.add_dummy_prefix = False
+                self._processor.LoadFromSerializedProto(proto.SerializeToString())
+                self.prefix = " "
+            if not self._lossless():
+                raise DataError("this SentencePiece model changes text (spaces, normal forms); train a lossless one")
+
+    def _lossless(self) -> bool:
         probe = " a  B\tﬁ\r\n\0\u2581\U0001f600 "
-        if self.decode(self.encode(probe)) != probe:
-            raise DataError("this SentencePiece model changes text (spaces, normal forms); train a lossless one")
+        return self.decode(self.encode(probe)) == self.prefix + probe
 
     def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes]]:
         return SentencePieceTokenizer, (self._model,)  # to the processes that encode
@@ -98,7 +115,10 @@ class SentencePieceTokenizer(Table):
 
     def save(self, folder: str | Path) -> None:
         save_model(folder, SENTENCEPIECE_FILE, self._model)
-        files.write_json(Path(folder) / "tokenizer_config.json", self._hugging_face())
+        settings = tokenizer_json.settings(self.special_ids, self.bos_id, self.eos_id, self.unk_id)
+        files.write_json(Path(folder) / "tokenizer_config.json", settings)
+        if document := self._hugging_face():
+            files.write_json(Path(folder) / tokenizer_json.FILE, document)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -106,7 +126,8 @@ class SentencePieceTokenizer(Table):
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.int32]]:
         counts: list[int] = []  # segments of each text
         ids, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]  # of each segment; one zero in front
-        for batch in _batches(_segments(texts, counts)):
+        texts = [self.prefix + text if text else text for text in texts]
+        for batch in _batches(_segments(texts, counts, re.compile(self._segment))):
             found = self._encode_segments(batch, threads)
             lengths.append(np.fromiter(map(len, found), np.int64, len(found)))
             ids.append(np.fromiter(chain.from_iterable(found), np.int32, int(lengths[-1].sum())))
@@ -134,29 +155,40 @@ class SentencePieceTokenizer(Table):
             raise DataError("this SentencePiece model has neither bos nor eos; one must delimit documents")
         return (bos if bos >= 0 else eos), (eos if eos >= 0 else bos)
 
-    def _hugging_face(self) -> dict[str, Any]:
-        """`tokenizer_config.json`: with these settings `LlamaTokenizer` gives the same ids."""
-        named = {self._pieces[token] for token in (self.bos_id, self.eos_id, self.unk_id) if token is not None}
-        return {
-            "tokenizer_class": "LlamaTokenizer",
-            "bos_token": self._pieces[self.bos_id],
-            "eos_token": self._pieces[self.eos_id],
-            "unk_token": UNKNOWN if self.unk_id is None else self._pieces[self.unk_id],
-            "additional_special_tokens": [name for name in self.special_ids if name not in named],
-            "legacy": False,
-            "add_prefix_space": False,
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-        }
+    def _hugging_face(self) -> dict[str, Any] | None:
+        """`tokenizer.json`; None for a model with kinds of pieces that it has no place for."""
+        proto = _proto(self._model)
+        kinds = {number: piece.type for number, piece in enumerate(proto.pieces)}
+        special = proto.SentencePiece.Type
+        if {special.USER_DEFINED, special.UNUSED} & {*kinds.values()} or self.unk_id is None:
+            return None
+        is_text = [kinds[number] == special.NORMAL for number in range(self.vocab_size)]
+        pieces = [
+            piece.replace(SPACE, " ") if normal else piece for piece, normal in zip(self._pieces, is_text, strict=True)
+        ]
+        scores = [piece.score if normal else None for piece, normal in zip(proto.pieces, is_text, strict=True)]
+        ranked = sorted((i for i, normal in enumerate(is_text) if normal), key=lambda i: -proto.pieces[i].score)
+        if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
+            model = tokenizer_json.unigram(pieces, scores.__getitem__, self.unk_id)
+        else:
+            model = tokenizer_json.bpe(pieces, [pieces[i] for i in ranked], pieces[self.unk_id])
+        return tokenizer_json.document(model, self.special_ids, self._segment, self.prefix)
 
 
-def _segments(texts: Iterable[str], counts: list[int]) -> Iterator[str]:
+def _proto(model: bytes) -> Any:
+    """The model as a protocol buffer: what it was trained as, and each piece's score and kind."""
+    schema: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    proto = schema.ModelProto()
+    proto.ParseFromString(model)
+    return proto
+
+
+def _segments(texts: Iterable[str], counts: list[int], segment: re.Pattern[str]) -> Iterator[str]:
     """The segments of all texts, one after another; how many each text has is appended to `counts`."""
     for text in texts:
         byte_count(text)
         found = 0
-        for match in SEGMENT.finditer(text):
+        for match in segment.finditer(text):
             found += 1
             yield match.group()
         counts.append(found)

@@ -1,7 +1,8 @@
 """Tokenizers by kind and by file: `train`, `load`, and text from a stream of ids.
 
-The interface is in `interface.py`, the kinds are in `subword.py` (SentencePiece) and `simple.py` (bytes; words and
-characters). `TRAINERS` (by kind) and `LOADERS` (by the file in a folder) are the places for more of them.
+The interface is in `interface.py`, the kinds are in `subword.py` (SentencePiece), `simple.py` (bytes; words and
+characters) and `byte_pairs.py` (Hugging Face's). `TRAINERS` (by kind) and `LOADERS` (by the file in a folder) are the
+places for more of them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import SupportsIndex
 
 from functional_lm.errors import DataError, UsageError
 from functional_lm.text import subword
+from functional_lm.text.byte_pairs import BytePairTokenizer
 from functional_lm.text.interface import (
     BYTES_FILE,
     CHAT,
     DELIMITER,
     SENTENCEPIECE_FILE,
+    TOKENIZERS_FILE,
     UNKNOWN,
     WORDCHAR_FILE,
     Tokenizer,
@@ -44,6 +47,7 @@ LOADERS: dict[str, Callable[[Path], Tokenizer]] = {
     SENTENCEPIECE_FILE: SentencePieceTokenizer.load,
     WORDCHAR_FILE: WordCharTokenizer.load,
     BYTES_FILE: ByteTokenizer.load,
+    TOKENIZERS_FILE: BytePairTokenizer.load,
 }
 
 
@@ -75,6 +79,7 @@ def load(path: str | Path) -> Tokenizer:
         kinds = (loader for name, loader in LOADERS.items() if path.name.endswith(name.removeprefix("tokenizer")))
         return next(kinds, SentencePieceTokenizer.load)(path)
     found = [name for name in LOADERS if (path / name).is_file()]
+    found = [name for name in found if name != TOKENIZERS_FILE] or found  # beside another it is a translation of it
     if not found:
         raise DataError(f"no tokenizer in {path}: it has no {' or '.join(LOADERS)}")
     if len(found) > 1:

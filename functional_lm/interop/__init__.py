@@ -1,0 +1,1 @@
+"""Doors to other programs: Hugging Face in and out."""
