@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import architecture, generate, interchange, prepare, train
+from functional_lm import architecture, generate, interchange, merge, prepare, train
 from functional_lm.cli import main
 
 COMMANDS = (
@@ -14,6 +14,7 @@ COMMANDS = (
     architecture.INSPECT,
     train.COMMAND,
     generate.COMMAND,
+    merge.COMMAND,
     interchange.IMPORT,
     interchange.EXPORT,
 )
