@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import architecture, generate, interchange, merge, prepare, train
+from functional_lm import architecture, generate, interchange, merge, prepare, quantize, train
 from functional_lm.cli import main
 
 COMMANDS = (
@@ -15,6 +15,7 @@ COMMANDS = (
     train.COMMAND,
     generate.COMMAND,
     merge.COMMAND,
+    quantize.COMMAND,
     interchange.IMPORT,
     interchange.EXPORT,
 )

@@ -36,7 +36,7 @@ def run(options: GenerateFlags) -> int:
     from functional_lm import folder
     from functional_lm.inference import text
     from functional_lm.inference.generate import GenerateOptions, decoder, generate
-    from functional_lm.model.compute import compute_copy
+    from functional_lm.model.compute import decoding_copy
 
     device = compiling.resolve_device(options.device)
     dtype = compiling.resolve_dtype(options.dtype, device)
@@ -46,7 +46,7 @@ def run(options: GenerateFlags) -> int:
     if compile and (obstacle := compiling.obstacle(device)):
         console.note(f"running without compilation: {obstacle}")
         compile = False
-    weights = compute_copy(params, dtype)
+    weights = decoding_copy(params, dtype)
     how = GenerateOptions(
         options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, (tokenizer.eos_id,)
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from functional_lm import tree
+from functional_lm.model import packed, quantize
 from functional_lm.tree import Tree
 
 FUSIONS = {
@@ -19,7 +20,12 @@ FUSIONS = {
 
 def compute_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
     """Matrices in `dtype`, vectors (norms, biases) as they are, q/k/v and gate/up as one leaf each."""
-    params = tree.map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() and leaf.dim() > 1 else leaf, params)
+
+    def cast(name: str, leaf: torch.Tensor) -> torch.Tensor:
+        matrix = leaf.dim() > 1 or name.endswith(".scales")
+        return leaf.to(dtype) if leaf.is_floating_point() and matrix else leaf
+
+    params = tree.map_named(cast, params)
     if not fuse:
         return params
     layers = {
@@ -29,12 +35,17 @@ def compute_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
     return {**params, "model": {**params["model"], "layers": layers}}
 
 
+def decoding_copy(params: Tree, dtype: torch.dtype) -> Tree:
+    """`compute_copy` for products of few rows, without gradients: quantised matrices as the device's kernels want."""
+    return quantize.each(compute_copy(params, dtype), lambda child: packed.for_decoding(child, dtype))
+
+
 def fused(params: Tree, name: str, parts: tuple[str, ...]) -> Tree:
     """`parts` stacked along their outputs under `name`, where all of them are there and are plain products.
 
-    Adapters and packed weights keep their products apart: what the leaves are decides.
+    Quantised ones are too, since their grids lie along the inputs; adapters keep their products apart.
     """
-    if not all(part in params and params[part].keys() <= {"weight", "bias"} for part in parts):
+    if not all(part in params and params[part].keys() <= {"weight", "bias", *packed.LEAVES} for part in parts):
         return params
     leaves = params[parts[0]].keys()
     if any(params[part].keys() != leaves for part in parts):
