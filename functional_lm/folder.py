@@ -34,17 +34,27 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
+def load(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantized: bool = False,
+) -> Model:
     """`params, config, tokenizer` of a model folder; `dtype` casts the weights, None keeps what the file holds.
 
-    Raises DataError if the folder or a part of it is missing, or the file's tensors are not those of the config.
+    `quantized` says that the caller can use quantised weights, which `linear` multiplies with and nothing can train.
+    Raises DataError if the folder or a part of it is missing, the file's tensors are not those of the config, or they
+    are quantised and the caller has not said so.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no model folder at {folder}; train one with `python -m functional_lm.train --out {folder}`")
     config = model_config.read(folder / "config.json")
+    plan = read_plan(folder)
+    if plan is not None and not quantized:
+        raise DataError(f"the weights in {folder} are quantised; give the model that they were made from")
     params = tree.load(folder / "model.safetensors", device)
-    check(params, config, folder / "model.safetensors", read_plan(folder))
+    check(params, config, folder / "model.safetensors", plan)
     if dtype is not None:
         params = tree.cast(params, dtype)
     tokenizer = tokenizers.load(folder)

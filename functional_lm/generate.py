@@ -40,7 +40,7 @@ def run(options: GenerateFlags) -> int:
 
     device = compiling.resolve_device(options.device)
     dtype = compiling.resolve_dtype(options.dtype, device)
-    params, config, tokenizer = folder.load(options.model, device)
+    params, config, tokenizer = folder.load(options.model, device, quantized=True)
     prompt = tokenizer.encode(options.prompt) or [tokenizer.bos_id]
     compile = options.compile
     if compile and (obstacle := compiling.obstacle(device)):

@@ -63,8 +63,6 @@ def run(options: QuantizeFlags) -> int:
     from functional_lm.model import gptq, quantize
 
     model = folder.load(options.model)
-    if quantize.is_quantized(model.params):
-        raise DataError(f"the weights in {options.model} are quantised; take the model that they were made from")
     if bad := [name for name, leaf in tree.flatten(model.params).items() if not leaf.isfinite().all()]:
         raise DataError(f"{options.model}: {bad[0]!r} holds NaN or infinite numbers; this model is damaged")
     quantize.quantize(tree.to(model.params, "meta"), plan)  # refuses what cannot be, before any text is read

@@ -317,7 +317,10 @@ def test_the_command_writes_what_loads_and_generates(
     )
     assert "bits a parameter" in said
     assert "perplexity " in said
-    model = folder.load(out)
+    with pytest.raises(DataError, match="are quantised; give the model that they were made from"):
+        folder.load(out)
+    model = folder.load(out, quantized=True)
+    assert "tensors, F32, I8" in (described := call(capsys, "inspect", "--model", out)) or "U8" in described
     plan = folder.read_plan(out)
     assert plan is not None
     if plan.method == "rtn":
@@ -328,7 +331,7 @@ def test_the_command_writes_what_loads_and_generates(
     call(capsys, "generate", "--model", out, "--prompt", "Fewer", "--max_tokens", 4, "--compile", "false")
     assert "are quantised" in call(capsys, "export", "--model", out, "--out", tmp_path / "hf", code=1)
     assert "are quantised" in call(capsys, "quantize", "--model", out, "--out", tmp_path / "twice", code=1)
-    bf16 = folder.load(out, dtype=torch.bfloat16).params
+    bf16 = folder.load(out, dtype=torch.bfloat16, quantized=True).params
     assert torch.equal(
         quantize.dequantize(bf16)["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"],
         quantize.dequantize(model.params)["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"],
@@ -382,7 +385,7 @@ def test_a_folder_and_its_record_have_to_agree(saved: Path, tmp_path: Path) -> N
     ):
         (tmp_path / "config.json").write_text(json.dumps(written | change))
         with pytest.raises(DataError, match=message):
-            folder.load(tmp_path)
+            folder.load(tmp_path, quantized=True)
     with pytest.raises(DataError, match=r"is of torch.float32; config.json describes torch.(u)?int8"):
         folder.check(tree.cast(tree.map(lambda leaf: leaf.float(), made), torch.float32), config, "here", plan)
 

@@ -104,7 +104,7 @@ def examine(path: str | Path) -> Foreign:
         raise DataError(f"no model folder at {path}")
     values = read_object(path / "config.json")
     if folder.QUANTIZATION in values:
-        raise DataError(f"the weights in {path} are quantised; take the model that they were made from")
+        raise DataError(f"the weights in {path} are quantised; give the model that they were made from")
     config, family = from_hugging_face(values, str(path / "config.json")), str(values["model_type"])
     stored = catalogue(path)
     names = canonical(list(stored), family)
