@@ -69,7 +69,8 @@ def run(options: MergeFlags) -> int:
         files.write_json(temporary / "merge.json", dataclasses.asdict(options))
     if options.method == "linear" and abs(sum(given) - 1) > 1e-6:
         console.note(f"the weights sum to {sum(given):g}: the model is that many times as large as a mean")
-    console.say(f"the model is in {options.out}: {len(options.models)} models by {options.method}")
+    many = f"{len(options.models)} models" if len(options.models) > 1 else "one model"
+    console.say(f"the model is in {options.out}: {many} by {options.method}")
     return 0
 
 
