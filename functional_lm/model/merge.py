@@ -11,7 +11,6 @@ Axes: M models, N numbers of a whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -148,6 +147,6 @@ def _border(difference: Tree, density: float | Tensor) -> Float[Tensor, ""]:
     """The least magnitude among the `density` share of largest ones; infinite where that share is none."""
     sizes = torch.cat([leaf.abs().flatten() for leaf in tree.leaves(difference)]).sort().values
     sizes = torch.cat([sizes, sizes.new_full((1,), torch.inf)])
-    share: Any = density if isinstance(density, Tensor) else torch.tensor(density, device=sizes.device)
+    share = density if isinstance(density, Tensor) else torch.tensor(density, dtype=torch.float64, device=sizes.device)
     kept = (share.double() * (len(sizes) - 1)).round().long().clamp(0, len(sizes) - 1)
     return sizes.gather(0, (len(sizes) - 1 - kept).view(1))[0]
