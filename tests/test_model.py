@@ -121,7 +121,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({name: True}, name) for name in ("n_layers", "dropout")),
     *(({name: math.nan}, name) for name in ("dropout", "norm_eps", "rotary_fraction", "logit_softcap")),
     *(({name: math.inf}, name) for name in ("norm_eps", "rope_theta", "initializer_range", "logit_softcap")),
-    *(({name: 0.0}, name) for name in ("norm_eps", "rope_theta", "initializer_range", "rotary_fraction")),
+    *(({name: 0.0}, name) for name in ("norm_eps", "rope_theta", "rotary_fraction")),
+    ({"initializer_range": -0.1}, "initializer_range"),
     ({"dropout": 1.0}, "dropout"),
     ({"dropout": -0.1}, "dropout"),
     ({"rotary_fraction": 1.1}, "rotary_fraction"),
@@ -183,7 +184,9 @@ def test_init_makes_what_is_described_leaf_by_leaf(config: ModelConfig, seed: in
 
 
 def test_the_start_has_the_promised_spread() -> None:
-    config = ModelConfig(vocab_size=400, d_model=96, n_layers=8, n_heads=4, bias="all", norm="layernorm")
+    shape = {"vocab_size": 400, "d_model": 96, "n_layers": 8, "n_heads": 4, "bias": "all", "norm": "layernorm"}
+    assert ModelConfig(**shape).initializer_range == math.sqrt(2 / (5 * 96))
+    config = ModelConfig(**shape, initializer_range=0.02)
     for name, leaf in tree.flatten(init(config, keys.key(0))).items():
         if leaf.dim() == 1:
             assert torch.equal(leaf, torch.full_like(leaf, 1.0 if name.endswith("weight") else 0.0)), name
