@@ -373,7 +373,6 @@ def test_another_run_is_not_written_into_this_one(
         ({"n_heads": 3}, 2, "d_model 32 is not a multiple of n_heads 3"),
         ({"vocab_size": 270}, 2, "vocab_size 270"),
         ({"vocab_size": 4096}, 2, "vocab_size 4096 is more than this text supports; give "),
-        ({"vocab_size": None, "preset": "tiny"}, 2, " or less (--vocab_size "),
         ({"steps": 0}, 2, "--steps is 0"),
         ({"learning_rate": "nan"}, 2, "--learning_rate is nan"),
         ({"learning_rat": 0.1}, 2, "did you mean --learning_rate?"),
