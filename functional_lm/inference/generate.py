@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from functional_lm import keys
+from functional_lm import keys, tree
 from functional_lm.compile import compiled
 from functional_lm.inference import cache as kv
-from functional_lm.inference.sampling import Sampling, sample
+from functional_lm.inference.sampling import Penalties, Sampling, sample
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.transformer import forward_cached, hidden, project_logits
 from functional_lm.tree import Tree
@@ -33,7 +33,7 @@ class Slots(NamedTuple):
     """What the running sequences know besides the cache. A pytree.
 
     `tokens` [S] are the last ones, not yet in the cache; they stand at `positions` [S]. `drawn` [S] counts the tokens
-    that the sequence has drawn so far, and selects the draw of the next.
+    that the sequence has drawn so far, and selects the draw of the next. Without `penalties` there are none.
     """
 
     tokens: Int[Tensor, "S"]
@@ -41,6 +41,7 @@ class Slots(NamedTuple):
     drawn: Int[Tensor, "S"]
     keys: Int[Tensor, "S 2"]
     sampling: Sampling
+    penalties: Penalties | tuple[()] = ()
 
 
 def prefill(
@@ -61,9 +62,31 @@ def prefill(
     return written, project_logits(params, x[torch.arange(x.shape[0], device=x.device), last], config)
 
 
+def prefill_slot(
+    params: Tree,
+    cache: Tree,
+    tokens: Int[Tensor, "1 T"],
+    slot: Int[Tensor, "1"],
+    position: Int[Tensor, "1"],
+    last: Int[Tensor, "1"],
+    config: ModelConfig,
+) -> tuple[Tree, Float[Tensor, "1 V"]]:
+    """`prefill` of one slot of a cache that others use meanwhile: only its rows from `position` on are written."""
+    own = tree.map(lambda rows: rows.index_select(0, slot), cache)
+    own, logits = prefill(params, own, tokens, position, last, config)
+    at = position + torch.arange(tokens.shape[-1], device=tokens.device)
+
+    def put(rows: Tensor, new: Tensor) -> Tensor:
+        head = torch.arange(rows.shape[1], device=rows.device)[:, None]
+        return rows.index_put((slot[:, None], head, at[None, :]), new[0].index_select(-2, at))
+
+    return tree.map(put, cache, own), logits
+
+
 def choose(logits: Float[Tensor, "S V"], slots: Slots, truncating: bool) -> Int[Tensor, "S"]:
     """The next token of each slot."""
-    return sample(logits, torch.vmap(keys.fold_in)(slots.keys, slots.drawn), slots.sampling, truncating)
+    drawn = torch.vmap(keys.fold_in)(slots.keys, slots.drawn)
+    return sample(logits, drawn, slots.sampling, truncating, slots.penalties or None)
 
 
 def decode_step(
@@ -74,6 +97,8 @@ def decode_step(
     cache, logits = forward_cached(params, cache, slots.tokens[:, None], slots.positions, config)
     tokens = choose(logits[:, -1], slots, truncating)
     slots = slots._replace(tokens=tokens, positions=slots.positions + 1, drawn=slots.drawn + 1)
+    if slots.penalties:
+        slots = slots._replace(penalties=slots.penalties.counted(tokens))
     return (cache, slots), tokens
 
 

@@ -1,0 +1,362 @@
+"""Many texts at once: slots of one cache, a thread that fills and decodes them, and handles to wait on.
+
+    engine = Engine(params, config, slots=8).start()
+    for token in engine.submit(Request(prompt, max_tokens=50, seed=1)): ...
+
+Each turn of the thread puts one chunk of one waiting prompt into the cache (a long prompt does not stall the others)
+and then takes one step for all running slots. What a request says depends on its own tokens, seed and settings alone,
+not on its slot or company (`generate.py`). The thread owns all tensors; others see handles and numbers.
+
+Axes: S slots, V vocabulary, C cache length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_lm import keys, tree
+from functional_lm.compile import compiled
+from functional_lm.errors import FunctionalLMError, UsageError
+from functional_lm.inference import cache as kv
+from functional_lm.inference.generate import CHUNK, Slots, choose, decode_step, prefill_slot
+from functional_lm.inference.sampling import Penalties, Sampling
+from functional_lm.model.config import ModelConfig
+from functional_lm.tree import Tree
+
+
+class Busy(FunctionalLMError):
+    """The queue is full, or the engine is going down; try again later."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue, and how. Raises UsageError for settings that cannot be meant."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    seconds: float = float("inf")  # longest time from submission to end
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UsageError("the prompt is empty; it has to hold at least one token")
+        if self.max_tokens < 1:
+            raise UsageError(f"max_tokens is {self.max_tokens}; it has to be at least 1")
+
+    @property
+    def plain(self) -> bool:
+        """Whether temperature and seed are all there is: neither sorting nor counting is needed."""
+        return (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0) and not self.penalizing
+
+    @property
+    def penalizing(self) -> bool:
+        off = (1.0, 0.0, 0.0)
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != off or bool(self.logit_bias)
+
+
+class Handle:
+    """One request on its way: iterate for its tokens; `finish_reason` is set at the end.
+
+    "stop" (a stop id, which is not among the tokens), "length" (max_tokens, or the cache is full), "cancelled",
+    "timeout", or "error".
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.finish_reason = request, ""
+        self.error: BaseException | None = None
+        self.submitted = time.monotonic()
+        self.first_token: float | None = None  # seconds after submission
+        self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+
+    def __iter__(self) -> Iterator[int]:
+        while (token := self._tokens.get()) is not None:
+            yield token
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        """Give the slot back soon; what has been said stays."""
+        self._cancelled.set()
+
+    @property
+    def overdue(self) -> str:
+        """Why it has to end now, "" if it has not."""
+        if self._cancelled.is_set():
+            return "cancelled"
+        return "timeout" if time.monotonic() - self.submitted > self.request.seconds else ""
+
+    def _say(self, token: int) -> None:
+        if self.first_token is None:
+            self.first_token = time.monotonic() - self.submitted
+        self._tokens.put(token)
+
+    def _end(self, reason: str, error: BaseException | None = None) -> None:
+        self.finish_reason, self.error = reason, error
+        self._tokens.put(None)
+
+
+@dataclass
+class _Running:
+    """A slot in use."""
+
+    handle: Handle
+    read: int = 0  # prompt tokens in the cache
+    made: int = 0  # tokens said
+
+    @property
+    def reading(self) -> bool:
+        return self.read < len(self.handle.request.prompt)
+
+
+class Engine:
+    """Continuous batching over one model. `start` compiles; then `submit` from any thread; `close` drains."""
+
+    def __init__(
+        self,
+        params: Tree,
+        config: ModelConfig,
+        slots: int = 8,
+        length: int | None = None,
+        waiting: int = 64,
+        compile: bool = True,
+    ) -> None:
+        self.config = dataclasses.replace(config, dropout=0.0, checkpoint_activations=False)
+        self.slots, self.waiting = slots, waiting
+        self.chunk = min(CHUNK, config.max_len)
+        self.length = -(-min(length or config.max_len, config.max_len) // self.chunk) * self.chunk
+        self.longest = min(length or config.max_len, config.max_len)  # tokens of prompt and text together
+        self._params = params
+        weight = params["model"]["embed_tokens"]["weight"]
+        self._device = weight.device
+        self._cache = kv.init(self.config, slots, self.length, weight.dtype, self._device)
+        self._state = self._empty()
+        self._running: dict[int, _Running] = {}
+        self._queue: deque[Handle] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self.tokens = self.requests = 0  # said and finished so far
+        self.failure: BaseException | None = None
+        self._fill = compiled(partial(_fill, config=self.config), donate=True, enabled=compile)
+        self._steps: dict[bool, Callable[..., Any]] = {
+            plain: compiled(partial(_step, config=self.config, plain=plain), donate=True, enabled=compile)
+            for plain in (True, False)
+        }
+
+    def _empty(self) -> Slots:
+        def whole(value: float, kind: torch.dtype = torch.int64) -> Tensor:
+            return torch.full((self.slots,), value, dtype=kind, device=self._device)
+
+        sampling = Sampling.uniform(self.slots, 1.0, device=self._device)
+        penalties = Penalties.none(self.slots, self.config.vocab_size, self._device)
+        own = keys.key(0, self._device).expand(self.slots, 2).clone()
+        return Slots(whole(0), whole(0), whole(0), own, sampling, penalties)
+
+    # From other threads -----------------------------------------------------------------------------------------------
+
+    def start(self) -> Engine:
+        """Run every graph once, so that nothing compiles while somebody waits, then serve."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._read_chunk(0, [0], 0)
+            for step in self._steps.values():
+                (self._cache, self._state), _ = step((self._cache, self._state), self._params)
+        self._state = self._empty()
+        self._thread.start()
+        return self
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request. Raises Busy when the queue is full or the engine closes, UsageError for what cannot fit."""
+        if len(request.prompt) >= self.longest:
+            raise UsageError(
+                f"the prompt has {len(request.prompt)} tokens; this model takes {self.longest - 1} and one more to say"
+            )
+        outside = [token for token in (*request.prompt, *request.logit_bias) if not 0 <= token < self.config.vocab_size]
+        if outside:
+            raise UsageError(f"token {outside[0]} is outside the vocabulary (0..{self.config.vocab_size - 1})")
+        handle = Handle(request)
+        with self._changed:
+            if self.failure is not None:
+                raise Busy(f"the engine has stopped: {self.failure}")
+            if self._closing:
+                raise Busy("the engine is going down")
+            if len(self._queue) >= self.waiting:
+                raise Busy(f"{self.waiting} requests are waiting already; try again later")
+            self._queue.append(handle)
+            self._changed.notify()
+        return handle
+
+    def close(self, drain: bool = True) -> None:
+        """Take no more; finish what is there (or cancel it) and end the thread."""
+        with self._changed:
+            self._closing = True
+            if not drain:
+                for handle in (*self._queue, *(running.handle for running in self._running.values())):
+                    handle.cancel()
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def stats(self) -> dict[str, int]:
+        """Slots in use and free, requests waiting and done, tokens said."""
+        running = len(self._running)
+        return {
+            "slots": self.slots,
+            "running": running,
+            "waiting": len(self._queue),
+            "requests": self.requests,
+            "tokens": self.tokens,
+        }
+
+    # The thread -------------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        with torch.no_grad():
+            while True:
+                with self._changed:
+                    while not self._queue and not self._running and not self._closing:
+                        self._changed.wait()
+                    if self._closing and not self._queue and not self._running:
+                        return
+                    self._admit()
+                try:
+                    self._turn()
+                except BaseException as error:  # every request of this turn learns of it; the next ones are served
+                    self._fail(error)
+
+    def _admit(self) -> None:
+        """Requests from the queue into free slots, the oldest first."""
+        for handle in [handle for handle in self._queue if handle.overdue]:
+            self._queue.remove(handle)
+            handle._end(handle.overdue)
+        for slot in range(self.slots):
+            if slot not in self._running and self._queue:
+                self._running[slot] = _Running(self._queue.popleft())
+                self._settle(slot, self._running[slot].handle.request)
+
+    def _settle(self, slot: int, request: Request) -> None:
+        """Write a request's settings into its slot."""
+        state = self._state
+        assert state.penalties
+        state.tokens[slot] = state.positions[slot] = state.drawn[slot] = 0
+        state.keys[slot] = keys.key(request.seed, self._device)
+        for name in ("temperature", "top_k", "top_p"):
+            getattr(state.sampling, name)[slot] = getattr(request, name)
+        by = state.penalties
+        by.min_p[slot], by.repetition[slot] = request.min_p, request.repetition_penalty
+        by.presence[slot], by.frequency[slot] = request.presence_penalty, request.frequency_penalty
+        by.bias[slot], by.prompted[slot], by.counts[slot] = 0.0, False, 0
+        by.prompted[slot, list(request.prompt)] = True
+        for token, value in request.logit_bias.items():
+            by.bias[slot, token] = value
+
+    def _turn(self) -> None:
+        for slot, running in list(self._running.items()):
+            if reason := running.handle.overdue:
+                self._finish(slot, reason)
+        reading = [slot for slot, running in self._running.items() if running.reading]
+        if reading:
+            self._read(min(reading, key=lambda slot: self._running[slot].handle.submitted))
+        writing = [slot for slot, running in self._running.items() if not running.reading]
+        if writing:
+            self._write(writing)
+
+    def _read(self, slot: int) -> None:
+        """One chunk of a prompt; behind the last one, the first token."""
+        running = self._running[slot]
+        prompt, start = running.handle.request.prompt, running.read
+        logits = self._read_chunk(slot, list(prompt[start : start + self.chunk]), start)
+        running.read = min(len(prompt), start + self.chunk)
+        self._state.positions[slot] = running.read  # where a step of the others may write without harm
+        if not running.reading:
+            assert self._state.penalties
+            self._state.penalties.counts[slot] = 0  # steps of the others have counted here too
+            own = tree.map(lambda rows: rows[slot : slot + 1], self._state)
+            token = choose(logits, own, truncating=not running.handle.request.plain)
+            self._state.tokens[slot] = token[0]
+            self._state.drawn[slot] = 1
+            self._state.penalties.counts[slot, token] = 1
+            self._say(slot, int(token))
+
+    def _read_chunk(self, slot: int, part: list[int], start: int) -> Tensor:
+        def whole(value: int) -> Tensor:
+            return torch.tensor([value], device=self._device)
+
+        padded = torch.tensor([part + [0] * (self.chunk - len(part))], device=self._device)
+        self._cache, logits = self._fill(
+            self._cache, self._params, padded, whole(slot), whole(start), whole(len(part) - 1)
+        )
+        return logits
+
+    def _write(self, writing: list[int]) -> None:
+        """One more token for every slot that has read its prompt; what the others compute is not looked at."""
+        idle = [slot for slot in range(self.slots) if slot not in writing]
+        kept = [rows[idle] for rows in (self._state.tokens, self._state.positions, self._state.drawn)]
+        plain = all(self._running[slot].handle.request.plain for slot in writing)
+        (self._cache, self._state), tokens = self._steps[plain]((self._cache, self._state), self._params)
+        for rows, before in zip((self._state.tokens, self._state.positions, self._state.drawn), kept):
+            rows[idle] = before
+        for slot, token in zip(writing, tokens[writing].tolist()):
+            self._say(slot, token)
+
+    def _say(self, slot: int, token: int) -> None:
+        running = self._running[slot]
+        request = running.handle.request
+        if token in request.stop_ids:
+            return self._finish(slot, "stop")
+        running.handle._say(token)
+        running.made += 1
+        self.tokens += 1
+        if running.made == request.max_tokens or len(request.prompt) + running.made >= self.longest:
+            self._finish(slot, "length")
+        return None
+
+    def _finish(self, slot: int, reason: str, error: BaseException | None = None) -> None:
+        self.requests += 1
+        self._running.pop(slot).handle._end(reason, error)
+        self._state.positions[slot] = 0
+
+    def _fail(self, error: BaseException) -> None:
+        for slot in list(self._running):
+            self._finish(slot, "error", FunctionalLMError(f"the step failed: {error}"))
+        self._state = self._empty()
+        if not isinstance(error, Exception):
+            self.failure = error
+            raise error
+
+
+def _fill(
+    cache: Tree, params: Tree, tokens: Tensor, slot: Tensor, position: Tensor, last: Tensor, config: ModelConfig
+) -> tuple[Tree, Tensor]:
+    return prefill_slot(params, cache, tokens, slot, position, last, config)
+
+
+def _step(
+    state: tuple[Tree, Slots], params: Tree, config: ModelConfig, plain: bool
+) -> tuple[tuple[Tree, Slots], Tensor]:
+    """`decode_step`; where all slots are `plain`, their penalties (all off) stay as they are."""
+    cache, slots = state
+    if not plain:
+        return decode_step(state, params, config, truncating=True)
+    (cache, after), tokens = decode_step((cache, slots._replace(penalties=())), params, config, truncating=False)
+    return (cache, after._replace(penalties=slots.penalties)), tokens
