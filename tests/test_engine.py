@@ -232,7 +232,9 @@ def test_the_compiled_engine_says_the_same_and_compiles_nothing_more() -> None:
 
     config = ModelConfig(vocab_size=37, d_model=32, n_layers=1, n_heads=4, max_len=64)
     params = tree.map(lambda leaf: 3 * leaf, transformer.init(config, keys.key(0)))
-    requests = [Request(tuple(j % 37 for j in range(1, 5 + 20 * i)), 10, 0.9, top_k=5 * (i % 2), seed=i) for i in range(3)]
+    requests = [
+        Request(tuple(j % 37 for j in range(1, 5 + 20 * i)), 10, 0.9, top_k=5 * (i % 2), seed=i) for i in range(3)
+    ]
     eager = Engine(params, config, slots=2, compile=False).start()
     expected = [list(eager.submit(request)) for request in requests]
     eager.close()
