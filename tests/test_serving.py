@@ -133,6 +133,35 @@ def test_a_chat_reads_its_turns_as_special_tokens(remote: Any) -> None:
     assert said == answer.choices[0].message.content
 
 
+def test_logprobs_are_those_of_the_forward(remote: Any) -> None:
+    """Of the prompt and of what is said; the prompt is longer than a chunk."""
+    prompt = TOKENIZER.encode(TEXT)[:70]
+    answer = remote.completions.create(
+        model="fox", prompt=prompt, max_tokens=5, temperature=0, logprobs=3, echo=True
+    ).choices[0]
+    said = answer.logprobs
+    assert answer.text.startswith(TOKENIZER.decode(prompt))
+    made = list(tokens.generate(PARAMS, prompt, tokens.decoder(CONFIG, compile=False), tokens.GenerateOptions(5, 0.0)))
+    ids = [*prompt, *made][: len(said.tokens)]
+    likely = torch.log_softmax(transformer.forward(PARAMS, torch.tensor([ids]), CONFIG)[0], -1)
+    assert said.token_logprobs[0] is None
+    expected = likely[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+    torch.testing.assert_close(torch.tensor(said.token_logprobs[1:]), expected, rtol=1e-3, atol=1e-4)
+    for place, top in list(enumerate(said.top_logprobs))[1:]:
+        assert max(top.values()) == pytest.approx(float(likely[place - 1].max()), abs=1e-4)
+        assert 3 <= len(top) <= 4 or len(set(said.tokens)) < 4
+    assert said.text_offset[0] == 0
+    assert said.text_offset == sorted(said.text_offset)
+    without = remote.completions.create(model="fox", prompt=prompt, max_tokens=5, temperature=0, logprobs=0).choices[0]
+    assert without.logprobs.token_logprobs == pytest.approx(said.token_logprobs[70:], abs=1e-5)
+    chat = remote.chat.completions.create(
+        model="fox", messages=[{"role": "user", "content": "fox"}], max_tokens=4, logprobs=True, top_logprobs=2, seed=1
+    ).choices[0]
+    said_bytes = bytes(byte for entry in chat.logprobs.content for byte in entry.bytes)
+    assert said_bytes.decode("utf-8", "replace") == chat.message.content
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in chat.logprobs.content)
+
+
 def test_models_are_listed_and_others_are_unknown(remote: Any) -> None:
     assert [model.id for model in remote.models.list()] == ["fox"]
     assert remote.models.retrieve("fox").id == "fox"
@@ -196,7 +225,8 @@ HOSTILE = [0, -1, 10**400, 1e308, float("nan"), float("inf"), True, None, "9", "
 FIELDS = (
     "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "logit_bias", "seed", "stop", "stream", "n", "stream_options", "response_format", "tools", "tool_choice",
-    "logprobs", "prompt", "max_tokens", "echo", "best_of", "suffix", "messages", "max_completion_tokens", "unheard_of",
+    "logprobs", "prompt", "max_tokens", "top_logprobs",
+    "echo", "best_of", "suffix", "messages", "max_completion_tokens", "unheard_of",
 )  # fmt: skip
 
 
@@ -226,7 +256,8 @@ def test_no_value_of_any_field_breaks_the_server(client: Any, route: str, fields
         ({"prompt": "x", "n": 17}, "n"),
         ({"prompt": "x", "best_of": 3}, "best_of is 3"),
         ({"prompt": "x", "suffix": "y"}, "suffix is not served"),
-        ({"prompt": "x", "logprobs": 2}, "logprobs are not served"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": "x", "logprobs": 2, "stream": True}, "logprobs are not served in a stream"),
         ({"prompt": "x", "tools": [1]}, "tools are not served"),
         ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format can only be text"),
         ({"prompt": "x", "logit_bias": {"one": 1}}, "'one' is no token id"),

@@ -17,10 +17,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,18 @@ from functional_lm import keys, tree
 from functional_lm.compile import compiled
 from functional_lm.errors import FunctionalLMError, UsageError
 from functional_lm.inference import cache as kv
-from functional_lm.inference.generate import CHUNK, Slots, choose, decode_step, prefill_slot
+from functional_lm.inference.generate import (
+    ALTERNATIVES,
+    CHUNK,
+    Scores,
+    Slots,
+    choose,
+    decode_scored,
+    decode_step,
+    prefill_scored,
+    prefill_slot,
+    score,
+)
 from functional_lm.inference.sampling import Penalties, Sampling
 from functional_lm.model.config import ModelConfig
 from functional_lm.tree import Tree
@@ -56,22 +67,35 @@ class Request:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     seconds: float = float("inf")  # longest time from submission to end
+    logprobs: int | None = None  # how many of the likeliest tokens to tell of at each place; None: tell nothing
+    prompt_logprobs: bool = False  # of the prompt too
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UsageError("the prompt is empty; it has to hold at least one token")
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}; it has to be at least 1")
+        if self.logprobs is not None and not 0 <= self.logprobs <= ALTERNATIVES:
+            raise UsageError(f"logprobs is {self.logprobs}; it has to be between 0 and {ALTERNATIVES}")
 
     @property
     def plain(self) -> bool:
         """Whether temperature and seed are all there is: neither sorting nor counting is needed."""
-        return (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0) and not self.penalizing
+        truncating = (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
+        return not truncating and not self.penalizing and self.logprobs is None
 
     @property
     def penalizing(self) -> bool:
         off = (1.0, 0.0, 0.0)
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != off or bool(self.logit_bias)
+
+
+class Scored(NamedTuple):
+    """A token with its natural log-likelihood, and the likeliest ones at its place."""
+
+    token: int
+    logprob: float
+    likeliest: dict[int, float]
 
 
 class Handle:
@@ -86,6 +110,8 @@ class Handle:
         self.error: BaseException | None = None
         self.submitted = time.monotonic()
         self.first_token: float | None = None  # seconds after submission
+        self.prompt_scores: list[Scored] = []  # from the second token of the prompt on, where asked for
+        self.scores: list[Scored] = []  # of what was said, where asked for; the stop id that ended it included
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
 
@@ -159,6 +185,7 @@ class Engine:
         self.tokens = self.requests = 0  # said and finished so far
         self.failure: BaseException | None = None
         self._fill = compiled(partial(_fill, config=self.config), donate=True, enabled=compile)
+        self._fill_scored = compiled(partial(_fill_scored, config=self.config), donate=True, enabled=compile)
         self._steps: dict[bool, Callable[..., Any]] = {
             plain: compiled(partial(_step, config=self.config, plain=plain), donate=True, enabled=compile)
             for plain in (True, False)
@@ -178,7 +205,8 @@ class Engine:
     def start(self) -> Engine:
         """Run every graph once, so that nothing compiles while somebody waits, then serve."""
         with torch.inference_mode(False), torch.no_grad():
-            self._read_chunk(0, [0], 0)
+            self._read_chunk(0, (0, 0), 0, scored=False)
+            self._read_chunk(0, (0, 0), 0, scored=True)
             for step in self._steps.values():
                 (self._cache, self._state), _ = step((self._cache, self._state), self._params)
         self._state = self._empty()
@@ -284,44 +312,57 @@ class Engine:
     def _read(self, slot: int) -> None:
         """One chunk of a prompt; behind the last one, the first token."""
         running = self._running[slot]
-        prompt, start = running.handle.request.prompt, running.read
-        logits = self._read_chunk(slot, list(prompt[start : start + self.chunk]), start)
-        running.read = min(len(prompt), start + self.chunk)
+        handle, request, start = running.handle, running.handle.request, running.read
+        logits, scores = self._read_chunk(slot, request.prompt, start, request.prompt_logprobs)
+        running.read = min(len(request.prompt), start + self.chunk)
         self._state.positions[slot] = running.read  # where a step of the others may write without harm
+        if scores is not None:
+            following = request.prompt[start + 1 : running.read + 1]
+            handle.prompt_scores += _told(scores, range(len(following)), following, request.logprobs or 0)
         if not running.reading:
             assert self._state.penalties
             self._state.penalties.counts[slot] = 0  # steps of the others have counted here too
             own = tree.map(lambda rows: rows[slot : slot + 1], self._state)
-            token = choose(logits, own, truncating=not running.handle.request.plain)
+            token = choose(logits, own, truncating=not request.plain)
             self._state.tokens[slot] = token[0]
             self._state.drawn[slot] = 1
             self._state.penalties.counts[slot, token] = 1
-            self._say(slot, int(token))
+            self._say(slot, int(token), score(logits, token) if request.logprobs is not None else None, 0)
 
-    def _read_chunk(self, slot: int, part: list[int], start: int) -> Tensor:
-        def whole(value: int) -> Tensor:
-            return torch.tensor([value], device=self._device)
+    def _read_chunk(self, slot: int, prompt: Sequence[int], start: int, scored: bool) -> tuple[Tensor, Scores | None]:
+        """Logits behind the chunk of `prompt` that begins at `start`."""
 
-        padded = torch.tensor([part + [0] * (self.chunk - len(part))], device=self._device)
-        self._cache, logits = self._fill(
-            self._cache, self._params, padded, whole(slot), whole(start), whole(len(part) - 1)
-        )
-        return logits
+        def whole(*values: int) -> Tensor:
+            return torch.tensor(values, device=self._device)
+
+        part, following = (list(prompt[begin : begin + self.chunk]) for begin in (start, start + 1))
+        place = (whole(slot), whole(start), whole(len(part) - 1))
+        padded, following = (ids + [0] * (self.chunk - len(ids)) for ids in (part, following))
+        if scored:
+            self._cache, (logits, scores) = self._fill_scored(
+                self._cache, self._params, whole(*padded)[None], whole(*following), *place
+            )
+            return logits, scores
+        self._cache, logits = self._fill(self._cache, self._params, whole(*padded)[None], *place)
+        return logits, None
 
     def _write(self, writing: list[int]) -> None:
         """One more token for every slot that has read its prompt; what the others compute is not looked at."""
         idle = [slot for slot in range(self.slots) if slot not in writing]
         kept = [rows[idle] for rows in (self._state.tokens, self._state.positions, self._state.drawn)]
         plain = all(self._running[slot].handle.request.plain for slot in writing)
-        (self._cache, self._state), tokens = self._steps[plain]((self._cache, self._state), self._params)
+        (self._cache, self._state), said = self._steps[plain]((self._cache, self._state), self._params)
+        tokens, scores = (said, None) if plain else said
         for rows, before in zip((self._state.tokens, self._state.positions, self._state.drawn), kept):
             rows[idle] = before
         for slot, token in zip(writing, tokens[writing].tolist()):
-            self._say(slot, token)
+            self._say(slot, token, scores, slot)
 
-    def _say(self, slot: int, token: int) -> None:
+    def _say(self, slot: int, token: int, scores: Scores | None, row: int) -> None:
         running = self._running[slot]
         request = running.handle.request
+        if request.logprobs is not None and scores is not None:
+            running.handle.scores += _told(scores, [row], [token], request.logprobs)
         if token in request.stop_ids:
             return self._finish(slot, "stop")
         running.handle._say(token)
@@ -345,18 +386,37 @@ class Engine:
             raise error
 
 
+def _told(scores: Scores, rows: Iterable[int], tokens: Iterable[int], count: int) -> list[Scored]:
+    """Rows of scores as numbers, each with its `count` likeliest tokens."""
+    chosen, values, ids = (part.tolist() for part in scores)
+    return [
+        Scored(token, chosen[row], dict(zip(ids[row][:count], values[row][:count]))) for row, token in zip(rows, tokens)
+    ]
+
+
 def _fill(
     cache: Tree, params: Tree, tokens: Tensor, slot: Tensor, position: Tensor, last: Tensor, config: ModelConfig
 ) -> tuple[Tree, Tensor]:
     return prefill_slot(params, cache, tokens, slot, position, last, config)
 
 
-def _step(
-    state: tuple[Tree, Slots], params: Tree, config: ModelConfig, plain: bool
-) -> tuple[tuple[Tree, Slots], Tensor]:
-    """`decode_step`; where all slots are `plain`, their penalties (all off) stay as they are."""
+def _fill_scored(
+    cache: Tree,
+    params: Tree,
+    tokens: Tensor,
+    following: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    last: Tensor,
+    config: ModelConfig,
+) -> tuple[Tree, tuple[Tensor, Scores]]:
+    return prefill_scored(params, cache, tokens, following, slot, position, last, config)
+
+
+def _step(state: tuple[Tree, Slots], params: Tree, config: ModelConfig, plain: bool) -> tuple[tuple[Tree, Slots], Any]:
+    """Tokens of a step; their scores too, unless all slots are `plain`: then the penalties (off) stay as they are."""
     cache, slots = state
     if not plain:
-        return decode_step(state, params, config, truncating=True)
+        return decode_scored(state, params, config, truncating=True)
     (cache, after), tokens = decode_step((cache, slots._replace(penalties=())), params, config, truncating=False)
     return (cache, after._replace(penalties=slots.penalties)), tokens

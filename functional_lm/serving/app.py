@@ -23,7 +23,7 @@ from werkzeug.exceptions import HTTPException
 
 from functional_lm.errors import FunctionalLMError, UsageError
 from functional_lm.inference.engine import Busy, Engine, Request
-from functional_lm.serving import forms
+from functional_lm.serving import forms, logprobs
 from functional_lm.serving.answer import Answer
 from functional_lm.text import chat
 from functional_lm.text.document import Special
@@ -71,7 +71,14 @@ class Service:
         return tuple(ids)
 
     def submit(
-        self, form: forms.Sampled, prompt: tuple[int, ...], max_tokens: int, choice: int = 0, ends: Sequence[int] = ()
+        self,
+        form: forms.Sampled,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        choice: int = 0,
+        ends: Sequence[int] = (),
+        logprobs: int | None = None,
+        echo: bool = False,
     ) -> Answer:
         """Ask the engine; `choice` numbers the answers to one prompt, which differ by their seeds."""
         seed = form.seed if form.seed is not None else int(unique(), 16)
@@ -91,6 +98,8 @@ class Service:
                 (seed + choice) % 2**63,
                 (self.tokenizer.eos_id, *ends),
                 self.seconds,
+                logprobs,
+                echo and logprobs is not None,
             )
         )
         return Answer(handle, self.tokenizer, form.stops)
@@ -210,7 +219,7 @@ def create(service: Service) -> Flask:
         echoes = [service.tokenizer.decode(prompt) if form.echo else "" for prompt in prompts]
         with ExitStack() as undo:
             answers = [
-                _undone(undo, service.submit(form, prompt, form.max_tokens, choice))
+                _undone(undo, service.submit(form, prompt, form.max_tokens, choice, (), form.told, form.echo))
                 for prompt in prompts
                 for choice in range(form.n)
             ]
@@ -234,6 +243,9 @@ def create(service: Service) -> Flask:
             )
         texts = _all(answers)
         choices = [choice(i, echoes[i // form.n] + text, answers[i].finish_reason) for i, text in enumerate(texts)]
+        if form.told is not None:
+            for i, made in enumerate(choices):
+                made["logprobs"] = logprobs.of_completion(answers[i], service.tokenizer, form.echo)
         return jsonify({**head, "choices": choices, "usage": _usage(read, answers)})
 
     @app.post("/v1/chat/completions")
@@ -245,7 +257,7 @@ def create(service: Service) -> Flask:
         most = form.max_completion_tokens or form.max_tokens or service.engine.longest
         end = service.tokenizer.special_ids[END]
         with ExitStack() as undo:
-            answers = [_undone(undo, service.submit(form, prompt, most, i, (end,))) for i in range(form.n)]
+            answers = [_undone(undo, service.submit(form, prompt, most, i, (end,), form.told)) for i in range(form.n)]
             undo.pop_all()
         head = {"id": f"chatcmpl-{g.id}", "created": int(time.time()), "model": service.name}
 
@@ -266,7 +278,7 @@ def create(service: Service) -> Flask:
             {
                 "index": i,
                 "message": {"role": "assistant", "content": text},
-                "logprobs": None,
+                "logprobs": None if form.told is None else logprobs.of_chat(answers[i], service.tokenizer),
                 "finish_reason": answers[i].finish_reason,
             }
             for i, text in enumerate(_all(answers))

@@ -72,7 +72,6 @@ class OpenAI(Sampled):
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
-    logprobs: bool | Whole | None = None
 
     def refuse(self) -> None:
         """Raise UsageError for what this server does not do."""
@@ -80,8 +79,13 @@ class OpenAI(Sampled):
             raise UsageError("response_format can only be text here")
         if self.tools or self.tool_choice not in (None, "none"):
             raise UsageError("tools are not served here")
-        if self.logprobs not in (None, False):
-            raise UsageError("logprobs are not served here")
+        if self.stream and self.told is not None:
+            raise UsageError("logprobs are not served in a stream")
+
+    @property
+    def told(self) -> int | None:
+        """How many of the likeliest tokens to tell of; None: no logprobs."""
+        raise NotImplementedError
 
 
 class Completion(OpenAI):
@@ -92,6 +96,11 @@ class Completion(OpenAI):
     echo: bool = False
     best_of: Whole | None = None
     suffix: str | None = None
+    logprobs: Whole | None = Field(None, ge=0, le=20)
+
+    @property
+    def told(self) -> int | None:
+        return self.logprobs
 
     def refuse(self) -> None:
         super().refuse()
@@ -123,8 +132,18 @@ class Chat(OpenAI):
     messages: list[Message] = Field(min_length=1, max_length=1024)
     max_tokens: Whole | None = Field(None, ge=1, le=10**9)
     max_completion_tokens: Whole | None = Field(None, ge=1, le=10**9)
-    top_logprobs: Whole | None = None
+    logprobs: bool | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
     parallel_tool_calls: bool | None = None
+
+    @property
+    def told(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def refuse(self) -> None:
+        super().refuse()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise UsageError("top_logprobs goes with logprobs true")
 
 
 class Generate(Sampled):
