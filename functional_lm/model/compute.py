@@ -31,6 +31,16 @@ def compute_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
     return {**params, "model": {**params["model"], "layers": layers}}
 
 
+def freeze(params: Tree, trained: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
+    """The compute copy of what `trained` does not hold, made once; `overlay(freeze(...), trained)` is the whole model.
+
+    Products are fused if only adapters are trained, of the kind that hangs on the parts of a fused product.
+    """
+    names = tree.flatten(trained).keys()
+    rest = tree.unflatten({name: leaf for name, leaf in tree.flatten(params).items() if name not in names})
+    return compute_copy(rest, dtype, fuse and {name.rpartition(".")[2] for name in names} <= ADDED)
+
+
 def fused(params: Tree, name: str, parts: tuple[str, ...]) -> Tree:
     """`parts` stacked along their outputs under `name`, where all of them are there and are products of a weight.
 

@@ -163,9 +163,9 @@ def check(params: Tree, adapter: Tree, what: str = "the adapter") -> None:
 
 
 def split(adapter: Tree) -> tuple[Tree, Tree]:
-    """`trained, constant`: the leaves that are differentiated, and the scales."""
-    trained = tree.select(adapter, TRAINED)
-    return trained, tree.select(adapter, "*.lora_scale")
+    """`trained, constant`: the leaves that are differentiated, and the rest (scales, rates of dropout)."""
+    matches = tree.matcher(TRAINED)
+    return tree.select(adapter, matches), tree.select(adapter, lambda name: not matches(name))
 
 
 def with_dropout(adapter: Tree, probability: float) -> Tree:
