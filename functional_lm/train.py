@@ -109,11 +109,12 @@ def run(options: TrainOptions, overrides: dict[str, Any]) -> int:
     out = Path(options.out)
     options = dataclasses.replace(options, data=_source(options))
     found = _check(options, overrides)
+    exactly = options.vocab_size is not None
     options = training_flags.resolve_machine(_resolve_vocabulary(options, overrides))
     checkpoint = _checkpoint_to_resume(options, overrides, out)
     if checkpoint is not None and _is_complete(options, checkpoint, out):
         return 0
-    tokenizer, config, params = _tokenizer_and_model(options, overrides, found, out, checkpoint)
+    tokenizer, config, params = _tokenizer_and_model(options, overrides, found, out, checkpoint, exactly)
     options = dataclasses.replace(options, block_size=options.block_size or config.max_len)
     text = _text(options, tokenizer, found, out)
     report = training_report.Report(out, options.data, text.validation_bytes, training_flags.budget(options), started)
@@ -275,14 +276,18 @@ def _is_complete(options: TrainOptions, checkpoint: Path, out: Path) -> bool:
 
 
 def _tokenizer_and_model(
-    options: TrainOptions, overrides: dict[str, Any], found: Corpus, out: Path, checkpoint: Path | None
+    options: TrainOptions,
+    overrides: dict[str, Any],
+    found: Corpus,
+    out: Path,
+    checkpoint: Path | None,
+    exactly: bool,
 ) -> tuple[Tokenizer, ModelConfig, Tree]:
     """What is trained: the parts of `--model`, or a tokenizer from the text and a fresh tree from the seed."""
     import torch
 
     from functional_lm import folder, keys, tree
     from functional_lm.model import transformer
-    from functional_lm.text import prepare
     from functional_lm.text import tokenizer as tokenizers
 
     if options.model is not None:
@@ -295,9 +300,7 @@ def _tokenizer_and_model(
         elif options.tokenizer is not None:
             tokenizer = tokenizers.load(options.tokenizer)
         else:
-            assert options.vocab_size is not None
-            with console.announced(f"training a {options.tokenizer_type} tokenizer of {options.vocab_size}"):
-                tokenizer = prepare.train_tokenizer(found, options.tokenizer_type, options.vocab_size)
+            tokenizer = _new_tokenizer(options, found, exactly)
         config = _architecture(options, overrides, tokenizer.vocab_size)
         seeds = [member.seed for member in _members(options)]
         fresh = [transformer.init(config, keys.fold_in_name(keys.key(s, options.device), "init")) for s in seeds]
@@ -310,6 +313,25 @@ def _tokenizer_and_model(
     record["options"]["block_size"] = options.block_size or config.max_len
     files.write_json(out / "run.json", {**record, "versions": _versions()})
     return tokenizer, config, params
+
+
+def _new_tokenizer(options: TrainOptions, found: Corpus, exactly: bool) -> Tokenizer:
+    """A tokenizer of the text; smaller than the architecture's where the text has no more, unless `exactly` so many."""
+    from functional_lm.text import prepare
+    from functional_lm.text.subword import VocabularyTooLarge
+
+    def trained(size: int) -> Tokenizer:
+        with console.announced(f"training a {options.tokenizer_type} tokenizer of {size}"):
+            return prepare.train_tokenizer(found, options.tokenizer_type, size)
+
+    assert options.vocab_size is not None
+    try:
+        return trained(options.vocab_size)
+    except VocabularyTooLarge as error:
+        if exactly:
+            raise
+        console.say(f"the text has no more than {error.most} pieces, so that many")
+        return trained(error.most)
 
 
 def _versions() -> dict[str, Any]:
