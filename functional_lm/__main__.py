@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import architecture, generate, interchange, prepare, train
+from functional_lm import architecture, finetune, generate, interchange, prepare, train
 from functional_lm.cli import main
 
 COMMANDS = (
@@ -13,6 +13,9 @@ COMMANDS = (
     architecture.CREATE_CONFIG,
     architecture.INSPECT,
     train.COMMAND,
+    finetune.FINETUNE,
+    finetune.LORA,
+    finetune.DPO,
     generate.COMMAND,
     interchange.IMPORT,
     interchange.EXPORT,

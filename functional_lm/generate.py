@@ -18,6 +18,8 @@ class GenerateFlags:
     """Flags of `generate`."""
 
     model: str = option(REQUIRED, "model folder", aliases=("model_path",))
+    adapter: str | None = option(None, "adapter folder (PEFT's form) to merge into the model")
+    any_base: bool = option(False, "use an adapter that was trained on another base all the same")
     prompt: str = option("", "text to go on from; empty: the beginning of a document")
     max_tokens: int = option(200, "longest continuation", low=1, aliases=("max_new_tokens",))
     temperature: float = option(0.8, "0: always the likeliest token", low=0, group="Sampling")
@@ -36,11 +38,15 @@ def run(options: GenerateFlags) -> int:
     from functional_lm import folder
     from functional_lm.inference import text
     from functional_lm.inference.generate import GenerateOptions, decoder, generate
+    from functional_lm.interop.peft import load_adapter
+    from functional_lm.model import lora
     from functional_lm.model.compute import compute_copy
 
     device = compiling.resolve_device(options.device)
     dtype = compiling.resolve_dtype(options.dtype, device)
     params, config, tokenizer = folder.load(options.model, device)
+    if options.adapter is not None:
+        params = lora.merge(params, load_adapter(options.adapter, params, options.any_base, device))
     prompt = tokenizer.encode(options.prompt) or [tokenizer.bos_id]
     compile = options.compile
     if compile and (obstacle := compiling.obstacle(device)):

@@ -105,6 +105,33 @@ def samples(tokenizer: Tokenizer, conversations: Sequence[Conversation], block_s
     )
 
 
+def pairs(
+    tokenizer: Tokenizer, chosen: Sequence[Conversation], rejected: Sequence[Conversation], block_size: int
+) -> Samples:
+    """Samples 2 i and 2 i + 1 are a chosen and a rejected conversation; the last answer alone is learned.
+
+    A pair of which one does not fit into a row is left out, and counted. Raises DataError if none fits.
+    """
+    head = np.array([tokenizer.bos_id], np.int32)
+    rows: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
+    for both in zip(lay(tokenizer, chosen), lay(tokenizer, rejected), strict=True):
+        ids = [np.concatenate([head, *(laid.ids for laid in turns)]) for turns in both]
+        if max(map(len, ids)) <= block_size + 1:
+            learned = [turns[-1].learned for turns in both]
+            rows += [(row, np.append(np.zeros(len(row) - len(own), bool), own)) for row, own in zip(ids, learned)]
+    if not rows:
+        raise DataError(
+            f"none of the {len(chosen)} pairs fits into rows of {block_size} tokens; give a larger --block_size"
+        )
+    return Samples(
+        np.concatenate([ids for ids, _ in rows]),
+        np.concatenate([learned for _, learned in rows]),
+        np.cumsum([0, *(len(ids) for ids, _ in rows)]),
+        tokenizer.bos_id,
+        left_out=len(chosen) - len(rows) // 2,
+    )
+
+
 def _exchanges(turns: Sequence[Turn], laid: list[Laid]) -> list[tuple[Laid, Laid]]:
     """(user, assistant); a last word of the user's has no answer, and nothing is learned behind it."""
     users = [own for turn, own in zip(turns, laid) if turn.role == "user"]
@@ -213,6 +240,11 @@ def gather(rows: Rows, numbers: Sequence[int]) -> Batch:
 def batch(rows: Rows, step: int, batch_size: int, seed: int) -> Batch:
     """The batch of a step, a pure function of its arguments: row r of step s is the (s B + r)-th of all epochs."""
     return gather(rows, drawn(len(rows), step, batch_size, seed).tolist())
+
+
+def pair_batch(rows: Rows, numbers: Sequence[int]) -> Batch:
+    """[2 B, T] of pairs of these numbers (rows made without packing): first all chosen, then all rejected."""
+    return gather(rows, [2 * n if n >= 0 else -1 for n in numbers] + [2 * n + 1 if n >= 0 else -1 for n in numbers])
 
 
 def drawn(count: int, step: int, batch_size: int, seed: int) -> NDArray[np.int64]:
