@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import architecture, finetune, generate, interchange, prepare, train
+from functional_lm import architecture, chat, finetune, generate, interchange, prepare, train
 from functional_lm.cli import main
 
 COMMANDS = (
@@ -17,6 +17,7 @@ COMMANDS = (
     finetune.LORA,
     finetune.DPO,
     generate.COMMAND,
+    chat.COMMAND,
     interchange.IMPORT,
     interchange.EXPORT,
 )

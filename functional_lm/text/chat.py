@@ -87,6 +87,19 @@ def prompt(tokenizer: Tokenizer, turns: Iterable[Turn]) -> list[int]:
     return [tokenizer.bos_id, *ids.tolist()]
 
 
+def latest(tokenizer: Tokenizer, turns: list[Turn], room: int) -> list[Turn]:
+    """The turns whose `prompt` has at most `room` ids: all, or without the oldest exchanges; a system turn stays.
+
+    Raises ValueError if not even the last turn fits.
+    """
+    first = int(bool(turns) and turns[0].role == "system")
+    for start in range(first, len(turns), 2):
+        kept = [*turns[:first], *turns[start:]]
+        if len(prompt(tokenizer, kept)) <= room:
+            return kept
+    raise ValueError(f"the last turn is longer than {room} tokens")
+
+
 def stops(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end an answer."""
     return (tokenizer.special_ids[END], tokenizer.eos_id)
