@@ -29,7 +29,7 @@ def answer_log_probabilities(
     return -nll.view(targets.shape).sum(-1)
 
 
-def loss(policy: Float[Tensor, "2B"], reference: Float[Tensor, "2B"], beta: float) -> Float[Tensor, "B"]:
+def loss(policy: Float[Tensor, "2*B"], reference: Float[Tensor, "2*B"], beta: float) -> Float[Tensor, "B"]:
     """-log σ(β [log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)]) of each pair (arXiv 2305.18290, eq. 7).
 
     The first half are the chosen answers, the second half the rejected ones, in the same order.
