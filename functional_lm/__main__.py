@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import architecture, generate, interchange, prepare, serve, train
+from functional_lm import architecture, chat, finetune, generate, interchange, prepare, serve, train
 from functional_lm.cli import main
 
 COMMANDS = (
@@ -13,7 +13,11 @@ COMMANDS = (
     architecture.CREATE_CONFIG,
     architecture.INSPECT,
     train.COMMAND,
+    finetune.FINETUNE,
+    finetune.LORA,
+    finetune.DPO,
     generate.COMMAND,
+    chat.COMMAND,
     interchange.IMPORT,
     interchange.EXPORT,
     serve.COMMAND,

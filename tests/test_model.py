@@ -39,7 +39,7 @@ from functional_lm.compile import compiled, graphs
 from functional_lm.errors import DataError, UsageError
 from functional_lm.model import attention as attentions
 from functional_lm.model import transformer
-from functional_lm.model.attention import LONG, drop, flash, standard, use_flash, visible
+from functional_lm.model.attention import LONG, flash, standard, use_flash, visible
 from functional_lm.model.compute import compute_copy
 from functional_lm.model.config import (
     CHOICES,
@@ -49,7 +49,7 @@ from functional_lm.model.config import (
     read,
 )
 from functional_lm.model.families import family_of, to_hugging_face
-from functional_lm.model.linear import linear
+from functional_lm.model.linear import drop, linear
 from functional_lm.model.norm import norm
 from functional_lm.model.positions import restart, rotary_frequencies, rotate, rotation, sinusoids
 from functional_lm.model.transformer import IGNORED, abstract, forward, init, loss
