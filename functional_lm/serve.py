@@ -25,6 +25,8 @@ class ServeFlags:
 
     model: str = option(REQUIRED, "model folder", aliases=("model_path",))
     name: str | None = option(None, "what clients call it; the folder's name if not given")
+    adapter: tuple[str, ...] = option((), "adapters of it (PEFT folders) as models of their own: NAME=DIR,NAME=DIR")
+    any_base: bool = option(False, "use adapters that were trained on another base all the same")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all")
     port: int = option(8000, "port to listen on", low=1, high=65535)
     slots: int = option(8, "texts that are written at once", low=1, high=1024)
@@ -60,7 +62,9 @@ def run(flags: ServeFlags) -> int:
         ident="functional_lm",
     )
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    console.say(f"serving {service.name} on http://{flags.host}:{flags.port} ({flags.slots} slots; Ctrl-C ends)")
+    console.say(
+        f"serving {', '.join(service.names)} on http://{flags.host}:{flags.port} ({flags.slots} slots; Ctrl-C ends)"
+    )
     try:
         server.run()
     finally:
@@ -73,25 +77,44 @@ def run(flags: ServeFlags) -> int:
 def load(flags: ServeFlags) -> Service:
     """The model in an engine that has compiled."""
     from functional_lm import compile as compiling
-    from functional_lm import folder
+    from functional_lm import folder, tree
     from functional_lm.inference.engine import Engine
+    from functional_lm.interop import peft
+    from functional_lm.model import lora
     from functional_lm.model.compute import compute_copy
     from functional_lm.serving.app import Service
 
     device = compiling.resolve_device(flags.device)
     dtype = compiling.resolve_dtype(flags.dtype, device)
+    names = _names(flags)
     with console.announced(f"loading {flags.model}"):
         params, config, tokenizer = folder.load(flags.model, device)
-        weights = compute_copy(params, dtype)
+        adapters = [peft.load_adapter(path, params, flags.any_base, device) for path in list(names.values())[1:]]
+        bank = lora.stack(params, adapters) if adapters else {}
+        bank = tree.map(lambda leaf: leaf.to(dtype) if leaf.dim() > 1 else leaf, bank)
+        scaled = any(name.endswith("lora_gain") for name in tree.flatten(bank))  # DoRA: products of their own
+        weights = compute_copy(params, dtype, fuse=not scaled)
     obstacle = compiling.obstacle(device) if flags.compile else None
     if obstacle:
         console.say(f"running without compilation, several times slower: {obstacle}")
     compile = flags.compile and obstacle is None
-    engine = Engine(weights, config, flags.slots, flags.context, flags.waiting, compile)
+    engine = Engine(weights, config, flags.slots, flags.context, flags.waiting, compile, bank)
     with console.announced("compiling", quiet=not compile):
         engine.start()
-    name = flags.name or Path(flags.model).resolve().name
-    return Service(engine, tokenizer, name, flags.api_key, flags.seconds)
+    return Service(engine, tokenizer, tuple(names), flags.api_key, flags.seconds)
+
+
+def _names(flags: ServeFlags) -> dict[str, str]:
+    """What clients call the model and its adapters, and where they are; the model first."""
+    names = {flags.name or Path(flags.model).resolve().name: flags.model}
+    for word in flags.adapter:
+        name, equals, path = word.partition("=")
+        if not equals or not name or not path:
+            raise UsageError(f"--adapter {word!r} is not NAME=DIR")
+        if name in names:
+            raise UsageError(f"--adapter {word!r}: there is a model {name!r} already")
+        names[name] = path
+    return names
 
 
 COMMAND = Command(

@@ -20,7 +20,7 @@ from functional_lm import keys, tree  # noqa: E402
 from functional_lm.inference import generate as tokens  # noqa: E402
 from functional_lm.inference import text as writing  # noqa: E402
 from functional_lm.inference.engine import Engine, Handle, Request  # noqa: E402
-from functional_lm.model import transformer  # noqa: E402
+from functional_lm.model import lora, transformer  # noqa: E402
 from functional_lm.model.config import ModelConfig  # noqa: E402
 from functional_lm.serving.answer import Answer  # noqa: E402
 from functional_lm.serving.app import Service, create  # noqa: E402
@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     engine = Engine(PARAMS, CONFIG, slots=3, waiting=20, compile=False).start()
-    yield Service(engine, TOKENIZER, "fox", (KEY, "sk-another"), body_bytes=100_000)
+    yield Service(engine, TOKENIZER, ("fox",), (KEY, "sk-another"), body_bytes=100_000)
     engine.close()
     assert engine.stats()["running"] == engine.stats()["waiting"] == 0
 
@@ -184,6 +184,39 @@ def test_a_reader_who_leaves_gives_the_slot_back(remote: Any, service: Service) 
     assert remote.completions.create(model="fox", prompt="The", max_tokens=3, temperature=0).choices
 
 
+def test_adapters_are_models_of_their_own() -> None:
+    """Together in one batch, each says what the merged model says alone."""
+    adapters = [drawn_adapter(seed) for seed in (1, 2)]
+    engine = Engine(PARAMS, CONFIG, slots=4, compile=False, bank=lora.stack(PARAMS, adapters)).start()
+    client = create(Service(engine, TOKENIZER, ("fox", "red", "blue"))).test_client()
+    listed = client.get("/v1/models").get_json()["data"]
+    assert [(model["id"], model["parent"]) for model in listed] == [("fox", None), ("red", "fox"), ("blue", "fox")]
+    handles = [engine.submit(Request((5, 6), 10, 0.0, adapter=i)) for i in (2, 0, 1, 2)]
+    together = [list(handle) for handle in handles]
+    assert together[0] == together[3]
+    for said, i in zip(together[:3], (2, 0, 1)):
+        params = lora.merge(PARAMS, adapters[i - 1]) if i else PARAMS
+        how = tokens.GenerateOptions(10, 0.0)
+        assert said == list(tokens.generate(params, [5, 6], tokens.decoder(CONFIG, compile=False), how))
+    for i, name in enumerate(("fox", "red", "blue")):
+        answer = client.post(
+            "/v1/completions", json={"model": name, "prompt": [5, 6], "max_tokens": 10, "temperature": 0}
+        )
+        assert answer.get_json()["model"] == name
+        assert answer.get_json()["choices"][0]["text"] == TOKENIZER.decode(together[(1, 2, 0)[i]])
+    assert client.post("/v1/completions", json={"model": "green", "prompt": "x"}).status_code == 404
+    engine.close()
+
+
+def drawn_adapter(seed: int) -> tree.Tree:
+    """One that has been trained, so to say: B is not zero any more."""
+    adapter = lora.init(PARAMS, "all-linear", 2, keys.key(seed))
+    key = keys.key(seed + 100)
+    return tree.map_named(
+        lambda name, leaf: keys.normal(keys.fold_in_name(key, name), leaf.shape) if "lora_B" in name else leaf, adapter
+    )
+
+
 # Other routes ---------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +318,7 @@ def test_large_bodies_and_missing_keys_are_turned_away(client: Any) -> None:
 
 def test_a_flood_is_told_to_come_back() -> None:
     engine = Engine(PARAMS, CONFIG, slots=1, waiting=1, compile=False).start()
-    client = create(Service(engine, TOKENIZER, "fox")).test_client()
+    client = create(Service(engine, TOKENIZER, ("fox",))).test_client()
     answer = client.post("/v1/completions", json={"prompt": ["a", "b", "c", "d", "e"], "max_tokens": 80, "seed": 1})
     assert answer.status_code == 429
     assert answer.headers["Retry-After"] == "1"

@@ -42,6 +42,7 @@ from functional_lm.inference.generate import (
     score,
 )
 from functional_lm.inference.sampling import Penalties, Sampling
+from functional_lm.model import lora
 from functional_lm.model.config import ModelConfig
 from functional_lm.tree import Tree
 
@@ -69,6 +70,7 @@ class Request:
     seconds: float = float("inf")  # longest time from submission to end
     logprobs: int | None = None  # how many of the likeliest tokens to tell of at each place; None: tell nothing
     prompt_logprobs: bool = False  # of the prompt too
+    adapter: int = 0  # entry of the engine's bank; 0: the model itself
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -166,13 +168,16 @@ class Engine:
         length: int | None = None,
         waiting: int = 64,
         compile: bool = True,
+        bank: Tree | None = None,
     ) -> None:
+        """`params` may be a compute copy; `bank` (`lora.stack`) holds the adapters that requests may name, from 1."""
         self.config = dataclasses.replace(config, dropout=0.0, checkpoint_activations=False)
         self.slots, self.waiting = slots, waiting
         self.chunk = min(CHUNK, config.max_len)
         self.length = -(-min(length or config.max_len, config.max_len) // self.chunk) * self.chunk
         self.longest = min(length or config.max_len, config.max_len)  # tokens of prompt and text together
-        self._params = params
+        self.adapters = lora.entries(bank) if bank else 0
+        self._params = (params, bank or {})
         weight = params["model"]["embed_tokens"]["weight"]
         self._device = weight.device
         self._cache = kv.init(self.config, slots, self.length, weight.dtype, self._device)
@@ -198,7 +203,7 @@ class Engine:
         sampling = Sampling.uniform(self.slots, 1.0, device=self._device)
         penalties = Penalties.none(self.slots, self.config.vocab_size, self._device)
         own = keys.key(0, self._device).expand(self.slots, 2).clone()
-        return Slots(whole(0), whole(0), whole(0), own, sampling, penalties)
+        return Slots(whole(0), whole(0), whole(0), own, sampling, penalties, whole(0))
 
     # From other threads -----------------------------------------------------------------------------------------------
 
@@ -222,6 +227,8 @@ class Engine:
         outside = [token for token in (*request.prompt, *request.logit_bias) if not 0 <= token < self.config.vocab_size]
         if outside:
             raise UsageError(f"token {outside[0]} is outside the vocabulary (0..{self.config.vocab_size - 1})")
+        if not 0 <= request.adapter <= self.adapters:
+            raise UsageError(f"adapter {request.adapter} is none of the {self.adapters} that are here")
         handle = Handle(request)
         with self._changed:
             if self.failure is not None:
@@ -286,10 +293,12 @@ class Engine:
         """Write a request's settings into its slot."""
         state = self._state
         assert state.penalties
+        assert isinstance(state.adapters, Tensor)
         state.tokens[slot] = state.positions[slot] = state.drawn[slot] = 0
         state.keys[slot] = keys.key(request.seed, self._device)
         for name in ("temperature", "top_k", "top_p"):
             getattr(state.sampling, name)[slot] = getattr(request, name)
+        state.adapters[slot] = request.adapter
         by = state.penalties
         by.min_p[slot], by.repetition[slot] = request.min_p, request.repetition_penalty
         by.presence[slot], by.frequency[slot] = request.presence_penalty, request.frequency_penalty
@@ -336,7 +345,8 @@ class Engine:
             return torch.tensor(values, device=self._device)
 
         part, following = (list(prompt[begin : begin + self.chunk]) for begin in (start, start + 1))
-        place = (whole(slot), whole(start), whole(len(part) - 1))
+        assert isinstance(self._state.adapters, Tensor)
+        place = (whole(slot), whole(start), whole(len(part) - 1), self._state.adapters[slot : slot + 1].clone())
         padded, following = (ids + [0] * (self.chunk - len(ids)) for ids in (part, following))
         if scored:
             self._cache, (logits, scores) = self._fill_scored(
@@ -394,28 +404,49 @@ def _told(scores: Scores, rows: Iterable[int], tokens: Iterable[int], count: int
     ]
 
 
+Weights = tuple[Tree, Tree]  # a model and a bank of adapters, empty without any
+
+
+def _whole(weights: Weights, index: Tensor) -> Tree:
+    """The model in which row i goes through entry `index[i]` of the bank."""
+    params, adapters = weights
+    return lora.attach(params, lora.select(adapters, index)) if adapters else params
+
+
 def _fill(
-    cache: Tree, params: Tree, tokens: Tensor, slot: Tensor, position: Tensor, last: Tensor, config: ModelConfig
+    cache: Tree,
+    weights: Weights,
+    tokens: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    last: Tensor,
+    adapter: Tensor,
+    config: ModelConfig,
 ) -> tuple[Tree, Tensor]:
-    return prefill_slot(params, cache, tokens, slot, position, last, config)
+    return prefill_slot(_whole(weights, adapter), cache, tokens, slot, position, last, config)
 
 
 def _fill_scored(
     cache: Tree,
-    params: Tree,
+    weights: Weights,
     tokens: Tensor,
     following: Tensor,
     slot: Tensor,
     position: Tensor,
     last: Tensor,
+    adapter: Tensor,
     config: ModelConfig,
 ) -> tuple[Tree, tuple[Tensor, Scores]]:
-    return prefill_scored(params, cache, tokens, following, slot, position, last, config)
+    return prefill_scored(_whole(weights, adapter), cache, tokens, following, slot, position, last, config)
 
 
-def _step(state: tuple[Tree, Slots], params: Tree, config: ModelConfig, plain: bool) -> tuple[tuple[Tree, Slots], Any]:
+def _step(
+    state: tuple[Tree, Slots], weights: Weights, config: ModelConfig, plain: bool
+) -> tuple[tuple[Tree, Slots], Any]:
     """Tokens of a step; their scores too, unless all slots are `plain`: then the penalties (off) stay as they are."""
     cache, slots = state
+    assert isinstance(slots.adapters, Tensor)
+    params = _whole(weights, slots.adapters)
     if not plain:
         return decode_scored(state, params, config, truncating=True)
     (cache, after), tokens = decode_step((cache, slots._replace(penalties=())), params, config, truncating=False)

@@ -33,7 +33,8 @@ class Slots(NamedTuple):
     """What the running sequences know besides the cache. A pytree.
 
     `tokens` [S] are the last ones, not yet in the cache; they stand at `positions` [S]. `drawn` [S] counts the tokens
-    that the sequence has drawn so far, and selects the draw of the next. Without `penalties` there are none.
+    that the sequence has drawn so far, and selects the draw of the next. Without `penalties` there are none; with
+    `adapters` [S] each names the entry of a bank that its slot goes through (`lora.select`).
     """
 
     tokens: Int[Tensor, "S"]
@@ -42,6 +43,7 @@ class Slots(NamedTuple):
     keys: Int[Tensor, "S 2"]
     sampling: Sampling
     penalties: Penalties | tuple[()] = ()
+    adapters: Int[Tensor, "S"] | tuple[()] = ()
 
 
 class Scores(NamedTuple):

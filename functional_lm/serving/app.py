@@ -26,12 +26,18 @@ from functional_lm.inference.engine import Busy, Engine, Request
 from functional_lm.serving import forms, logprobs
 from functional_lm.serving.answer import Answer
 from functional_lm.text import chat
-from functional_lm.text.document import Special
-from functional_lm.text.interface import ASSISTANT, END
+from functional_lm.text.interface import ASSISTANT
 from functional_lm.text.tokenizer import Tokenizer
 
 log = logging.getLogger("functional_lm.serve")
 OPEN = ("/health",)  # routes that need no key
+
+
+class NotFound(FunctionalLMError):
+    """A model of that name is not served."""
+
+    def __init__(self, name: str, names: Sequence[str]) -> None:
+        super().__init__(f"there is no model {name[:80]!r}; there is {', '.join(names)}")
 
 
 _numbers = itertools.count()
@@ -44,15 +50,23 @@ def unique() -> str:
 
 @dataclass
 class Service:
-    """What the routes know: the engine, its tokenizer and name, and the limits."""
+    """What the routes know: the engine, its tokenizer, the names of its model and its adapters, and the limits."""
 
     engine: Engine
     tokenizer: Tokenizer
-    name: str
+    names: tuple[str, ...]  # of the model, then of the entries of the engine's bank
     api_keys: Sequence[str] = ()
     seconds: float = 300.0  # longest time of a request
     body_bytes: int = 4 << 20
     started: int = field(default_factory=lambda: int(time.time()))
+
+    def named(self, given: str | None) -> int:
+        """Which entry of the bank a request means. Raises NotFound."""
+        if given is None:
+            return 0
+        if given not in self.names:
+            raise NotFound(given, self.names)
+        return self.names.index(given)
 
     def ids(self, prompt: str | list[int]) -> tuple[int, ...]:
         """Token ids of a prompt; an empty one is the beginning of a document."""
@@ -61,14 +75,14 @@ class Service:
 
     def chat_ids(self, messages: Sequence[forms.Message]) -> tuple[int, ...]:
         """The messages as the model has learned chats, up to where the assistant begins."""
-        special = self.tokenizer.special_ids
-        if ASSISTANT not in special or END not in special:
+        self.chat_stops()
+        return tuple(chat.prompt(self.tokenizer, [chat.turn(one.role, one.content) for one in messages]))
+
+    def chat_stops(self) -> tuple[int, ...]:
+        """What ends an answer. Raises UsageError where the tokenizer has no tokens for roles."""
+        if ASSISTANT not in self.tokenizer.special_ids:
             raise UsageError("this model's tokenizer has no tokens for the roles of a chat")
-        segments = chat.document(chat.turn(message.role, message.content) for message in messages)
-        ids = [self.tokenizer.bos_id]
-        for segment in (*segments, Special(ASSISTANT)):
-            ids += [special[segment.name]] if isinstance(segment, Special) else self.tokenizer.encode(str(segment))
-        return tuple(ids)
+        return chat.stops(self.tokenizer)
 
     def submit(
         self,
@@ -100,6 +114,7 @@ class Service:
                 self.seconds,
                 logprobs,
                 echo and logprobs is not None,
+                self.named(form.model),
             )
         )
         return Answer(handle, self.tokenizer, form.stops)
@@ -154,19 +169,15 @@ def create(service: Service) -> Flask:
         except RecursionError:
             raise UsageError("the body is nested too deeply") from None
 
-    def named(given: str | None) -> None:
-        if given is not None and given != service.name:
-            raise NotFound(given)
-
     @app.errorhandler(NotFound)
     def unknown(error: NotFound) -> Response:
-        return _error(404, f"there is no model {error.name[:80]!r}; there is {service.name!r}", "model_not_found")
+        return _error(404, str(error), "model_not_found")
 
     @app.get("/health")
     def health() -> Response:
         if service.engine.failure is not None:
             return _error(503, f"the engine has stopped: {service.engine.failure}")
-        return jsonify(status="ok", model=service.name)
+        return jsonify(status="ok", model=service.names[0])
 
     @app.get("/stats")
     def stats() -> Response:
@@ -178,30 +189,30 @@ def create(service: Service) -> Flask:
 
     @app.get("/v1/models")
     def models() -> Response:
-        return jsonify(object="list", data=[_model(service)])
+        return jsonify(object="list", data=[_model(service, name) for name in service.names])
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
-        named(name)
-        return jsonify(_model(service))
+        service.named(name)
+        return jsonify(_model(service, name))
 
     @app.post("/tokenize")
     def tokenize() -> Response:
         form = body(forms.Tokenize)
-        named(form.model)
+        service.named(form.model)
         ids = service.tokenizer.encode(form.prompt)
         return jsonify(tokens=ids, count=len(ids), max_model_len=service.engine.longest)
 
     @app.post("/detokenize")
     def detokenize() -> Response:
         form = body(forms.Detokenize)
-        named(form.model)
+        service.named(form.model)
         return jsonify(prompt=service.tokenizer.decode(form.tokens))
 
     @app.post("/generate")
     def generate() -> Response:
         form = body(forms.Generate)
-        named(form.model)
+        service.named(form.model)
         answer = service.submit(form, service.ids(form.text), form.max_new_tokens)
         if form.stream:
             return _stream(
@@ -214,7 +225,7 @@ def create(service: Service) -> Flask:
     def completions() -> Response:
         form: forms.Completion = body(forms.Completion)
         form.refuse()
-        named(form.model)
+        service.named(form.model)
         prompts = [service.ids(prompt) for prompt in form.prompts]
         echoes = [service.tokenizer.decode(prompt) if form.echo else "" for prompt in prompts]
         with ExitStack() as undo:
@@ -224,7 +235,12 @@ def create(service: Service) -> Flask:
                 for choice in range(form.n)
             ]
             undo.pop_all()
-        head = {"id": f"cmpl-{g.id}", "object": "text_completion", "created": int(time.time()), "model": service.name}
+        head = {
+            "id": f"cmpl-{g.id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": form.model or service.names[0],
+        }
         read = sum(map(len, prompts))
 
         def choice(i: int, text: str, reason: str | None) -> dict[str, Any]:
@@ -252,14 +268,14 @@ def create(service: Service) -> Flask:
     def chats() -> Response:
         form: forms.Chat = body(forms.Chat)
         form.refuse()
-        named(form.model)
+        service.named(form.model)
         prompt = service.chat_ids(form.messages)
         most = form.max_completion_tokens or form.max_tokens or service.engine.longest
-        end = service.tokenizer.special_ids[END]
+        ends = service.chat_stops()
         with ExitStack() as undo:
-            answers = [_undone(undo, service.submit(form, prompt, most, i, (end,), form.told)) for i in range(form.n)]
+            answers = [_undone(undo, service.submit(form, prompt, most, i, ends, form.told)) for i in range(form.n)]
             undo.pop_all()
-        head = {"id": f"chatcmpl-{g.id}", "created": int(time.time()), "model": service.name}
+        head = {"id": f"chatcmpl-{g.id}", "created": int(time.time()), "model": form.model or service.names[0]}
 
         def delta(i: int, change: dict[str, str], reason: str | None = None) -> dict[str, Any]:
             choice = {"index": i, "delta": change, "logprobs": None, "finish_reason": reason}
@@ -289,20 +305,13 @@ def create(service: Service) -> Flask:
     return app
 
 
-class NotFound(FunctionalLMError):
-    """A model of that name is not served."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": service.name,
+        "id": name,
         "object": "model",
         "created": service.started,
         "owned_by": "functional_lm",
+        "parent": None if name == service.names[0] else service.names[0],
         "max_model_len": service.engine.longest,
     }
 
