@@ -25,6 +25,9 @@ _PLACES = {
     "forward": "functional_lm.model.transformer",
     "forward_cached": "functional_lm.model.transformer",
     "loss": "functional_lm.model.transformer",
+    "attach": "functional_lm.model.lora",
+    "merge": "functional_lm.model.lora",
+    "load_adapter": "functional_lm.interop.peft",
     "compiled": "functional_lm.compile",
 }
 _ROOMS = ("keys", "tree")
@@ -33,7 +36,9 @@ if TYPE_CHECKING:
     from functional_lm import keys, tree
     from functional_lm.compile import compiled
     from functional_lm.folder import Model, load, save
+    from functional_lm.interop.peft import load_adapter
     from functional_lm.model.config import ModelConfig, preset
+    from functional_lm.model.lora import attach, merge
     from functional_lm.model.transformer import forward, forward_cached, init, loss
 
 __all__ = sorted([*_PLACES, *_ROOMS])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import architecture, generate, interchange, merge, prepare, quantize, train
+from functional_lm import architecture, chat, finetune, generate, interchange, merging, prepare, quantize, serve, train
 from functional_lm.cli import main
 
 COMMANDS = (
@@ -13,11 +13,16 @@ COMMANDS = (
     architecture.CREATE_CONFIG,
     architecture.INSPECT,
     train.COMMAND,
+    finetune.FINETUNE,
+    finetune.LORA,
+    finetune.DPO,
     generate.COMMAND,
-    merge.COMMAND,
+    chat.COMMAND,
+    merging.COMMAND,
     quantize.COMMAND,
     interchange.IMPORT,
     interchange.EXPORT,
+    serve.COMMAND,
 )
 
 if __name__ == "__main__":

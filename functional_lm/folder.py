@@ -20,6 +20,7 @@ from functional_lm.model.families import OURS, to_hugging_face
 from functional_lm.model.quantize import Plan
 from functional_lm.model.transformer import abstract
 from functional_lm.text import tokenizer as tokenizers
+from functional_lm.text.interface import END
 from functional_lm.text.tokenizer import Tokenizer
 from functional_lm.tree import Tree
 
@@ -121,6 +122,7 @@ def save_description(
     """
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     tokenizer.save(folder)
-    files.write_json(folder / "generation_config.json", special)
+    ends = [tokenizer.eos_id, *(tokenizer.special_ids[name] for name in (END,) if name in tokenizer.special_ids)]
+    files.write_json(folder / "generation_config.json", {**special, "eos_token_id": ends if ends[1:] else ends[0]})
     written = to_hugging_face(config, special, str(dtype).removeprefix("torch."), OURS if plan else family)
     files.write_json(folder / "config.json", {**written, QUANTIZATION: plan.to_json()} if plan else written)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from functional_lm import console
 from functional_lm.cli import Command, main_single
 from functional_lm.options import REQUIRED, option
+
+if TYPE_CHECKING:
+    from functional_lm.chat import ChatFlags
+    from functional_lm.model.config import ModelConfig
+    from functional_lm.text.tokenizer import Tokenizer
+    from functional_lm.tree import Tree
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -18,6 +25,8 @@ class GenerateFlags:
     """Flags of `generate`."""
 
     model: str = option(REQUIRED, "model folder", aliases=("model_path",))
+    adapter: str | None = option(None, "adapter folder (PEFT's form) to merge into the model")
+    any_base: bool = option(False, "use an adapter that was trained on another base all the same")
     prompt: str = option("", "text to go on from; empty: the beginning of a document")
     max_tokens: int = option(200, "longest continuation", low=1, aliases=("max_new_tokens",))
     temperature: float = option(0.8, "0: always the likeliest token", low=0, group="Sampling")
@@ -30,23 +39,42 @@ class GenerateFlags:
     compile: bool = option(True, "compile prefill and decoding (eager where no C++ compiler is found)", group="Machine")
 
 
-def run(options: GenerateFlags) -> int:
-    """Print the prompt and its continuation; what it took goes to stderr."""
+class Opened(NamedTuple):
+    """What the flags name, ready to write: a compute copy with its adapter merged, and whether to compile."""
+
+    weights: Tree
+    config: ModelConfig
+    tokenizer: Tokenizer
+    compile: bool
+
+
+def opened(options: GenerateFlags | ChatFlags) -> Opened:
+    """The model, its adapter and the machine that the flags name."""
     from functional_lm import compile as compiling
     from functional_lm import folder
-    from functional_lm.inference import text
-    from functional_lm.inference.generate import GenerateOptions, decoder, generate
+    from functional_lm.interop.peft import load_adapter
+    from functional_lm.model import lora, quantize
     from functional_lm.model.compute import decoding_copy
 
     device = compiling.resolve_device(options.device)
     dtype = compiling.resolve_dtype(options.dtype, device)
     params, config, tokenizer = folder.load(options.model, device, quantized=True)
-    prompt = tokenizer.encode(options.prompt) or [tokenizer.bos_id]
-    compile = options.compile
-    if compile and (obstacle := compiling.obstacle(device)):
+    if options.adapter is not None:
+        add = lora.attach if quantize.is_quantized(params) else lora.merge
+        params = add(params, load_adapter(options.adapter, params, options.any_base, device))
+    obstacle = compiling.obstacle(device) if options.compile else None
+    if obstacle:
         console.note(f"running without compilation: {obstacle}")
-        compile = False
-    weights = decoding_copy(params, dtype)
+    return Opened(decoding_copy(params, dtype), config, tokenizer, options.compile and obstacle is None)
+
+
+def run(options: GenerateFlags) -> int:
+    """Print the prompt and its continuation; what it took goes to stderr."""
+    from functional_lm.inference import text
+    from functional_lm.inference.generate import GenerateOptions, decoder, generate
+
+    weights, config, tokenizer, compile = opened(options)
+    prompt = tokenizer.encode(options.prompt) or [tokenizer.bos_id]
     how = GenerateOptions(
         options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, (tokenizer.eos_id,)
     )

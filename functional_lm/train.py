@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-import functional_lm
-from functional_lm import console, files, trainer, training_flags, training_report
+from functional_lm import console, run_folder, trainer, training_flags, training_report
 from functional_lm.cli import Command, OptionGroup, main_single
 from functional_lm.errors import UsageError
 from functional_lm.model import config as model_config
@@ -109,11 +107,12 @@ def run(options: TrainOptions, overrides: dict[str, Any]) -> int:
     out = Path(options.out)
     options = dataclasses.replace(options, data=_source(options))
     found = _check(options, overrides)
+    exactly = options.vocab_size is not None
     options = training_flags.resolve_machine(_resolve_vocabulary(options, overrides))
-    checkpoint = _checkpoint_to_resume(options, overrides, out)
-    if checkpoint is not None and _is_complete(options, checkpoint, out):
+    checkpoint = run_folder.checkpoint_to_resume(options, overrides, out, FIXED)
+    if checkpoint is not None and run_folder.is_complete(options, checkpoint, out):
         return 0
-    tokenizer, config, params = _tokenizer_and_model(options, overrides, found, out, checkpoint)
+    tokenizer, config, params = _tokenizer_and_model(options, overrides, found, out, checkpoint, exactly)
     options = dataclasses.replace(options, block_size=options.block_size or config.max_len)
     text = _text(options, tokenizer, found, out)
     report = training_report.Report(out, options.data, text.validation_bytes, training_flags.budget(options), started)
@@ -152,28 +151,14 @@ def _check(options: TrainOptions, overrides: dict[str, Any]) -> Corpus:
         raise UsageError(f"--data {options.data} is tokens already; give the --tokenizer that made them, or a --model")
     found = corpus.find(options.data, downloads(options))
     if options.overwrite:
-        _check_overwrite(options, found)
+        read = [(name, getattr(options, name)) for name in ("model", "config", "tokenizer")]
+        run_folder.check_overwrite(Path(options.out), [*read, *(("data", path) for path in found.files)])
     return found
 
 
 def _is_dataset(source: str) -> bool:
     """Whether `--data` names what `prepare` wrote rather than text."""
     return Path(source).suffix == ".bin"
-
-
-def _check_overwrite(options: TrainOptions, found: Corpus) -> None:
-    """What `--overwrite` removes is a run, and nothing that the new one reads."""
-    out = Path(options.out)
-    if out.exists() and any(out.iterdir()) and not _holds_model(out) and not (out / "run.json").exists():
-        raise UsageError(f"--overwrite replaces a run and {out} holds something else; choose another --out")
-    read = [(name, getattr(options, name)) for name in ("model", "config", "tokenizer")]
-    for name, value in [*read, *(("data", path) for path in found.files)]:
-        if value is not None and Path(value).resolve().is_relative_to(out.resolve()):
-            raise UsageError(f"--overwrite would remove --{name} {value}; choose another --out")
-
-
-def _holds_model(folder: Path) -> bool:
-    return (folder / "model.safetensors").exists()
 
 
 def _architecture(options: TrainOptions, overrides: dict[str, Any], vocab_size: int | None = None) -> ModelConfig:
@@ -214,75 +199,22 @@ def _members(options: TrainOptions) -> list[Member]:
     return [Member(seed, own) for seed, own in zip(seeds, numbers)]
 
 
-def _checkpoint_to_resume(options: TrainOptions, overrides: dict[str, Any], out: Path) -> Path | None:
-    """Where to go on from, None to start; refuses to write over another run."""
-    from functional_lm.training import checkpoint
-
-    if options.overwrite:
-        return None
-    found = checkpoint.listing(out / "checkpoints")
-    if options.resume not in ("auto", "never"):
-        path = Path(options.resume)
-        if not (path / "training.json").is_file():
-            raise UsageError(f"--resume {path} is no checkpoint; give a folder such as RUN/checkpoints/step-00001000")
-        if found and path.resolve() != found[-1].resolve():
-            raise UsageError(f"{out} holds a run up to {found[-1].name}; choose another --out to go on from {path}")
-        return path
-    if not found and not _holds_model(out):
-        return None
-    if not found or options.resume == "never":
-        what = "run" if found else "model"
-        raise UsageError(f"{out} already holds a {what}; choose another --out, or --overwrite it")
-    earlier = files.read_json(out / "run.json")
-    if changes := _differences(options, overrides, earlier):
-        raise UsageError(f"{out} holds another run ({'; '.join(changes)}); choose another --out, or --overwrite it")
-    if earlier["options"]["compile"] != options.compile:
-        console.say("compiled and eager steps differ in the last bits: this run is going to have both")
-    return found[-1]
-
-
-def _differences(options: TrainOptions, overrides: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
-    """Flags that would make the resumed run another one."""
-    before = {name: earlier["options"].get(name) for name in FIXED} | earlier["overrides"]
-    now = {name: getattr(options, name) for name in FIXED} | overrides
-    if options.block_size is None:
-        before.pop("block_size")
-        now.pop("block_size")
-    names = sorted(before.keys() | now.keys())
-    return [
-        f"--{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _is_complete(options: TrainOptions, checkpoint: Path, out: Path) -> bool:
-    """Whether there is nothing left to do; says so."""
-    if not (out / "summary.json").exists():
-        return False
-    done, summary = files.read_json(checkpoint / "training.json")["step"], files.read_json(out / "summary.json")
-    steps = None if options.epochs or options.minutes else options.steps or training_flags.STEPS
-    if summary.get("budget") != training_flags.budget(options) and (steps is None or done < steps):
-        return False
-    loss = summary["val_loss"]
-    measured = "" if loss is None else f", validation loss {loss:.4f}"
-    console.say(f"{out} is trained already: {done} steps{measured}")
-    console.say("more --steps go on from there, --overwrite starts again, another --out starts beside it")
-    return True
-
-
 # Tokenizer, model, text -----------------------------------------------------------------------------------------------
 
 
 def _tokenizer_and_model(
-    options: TrainOptions, overrides: dict[str, Any], found: Corpus, out: Path, checkpoint: Path | None
+    options: TrainOptions,
+    overrides: dict[str, Any],
+    found: Corpus,
+    out: Path,
+    checkpoint: Path | None,
+    exactly: bool,
 ) -> tuple[Tokenizer, ModelConfig, Tree]:
     """What is trained: the parts of `--model`, or a tokenizer from the text and a fresh tree from the seed."""
     import torch
 
     from functional_lm import folder, keys, tree
     from functional_lm.model import transformer
-    from functional_lm.text import prepare
     from functional_lm.text import tokenizer as tokenizers
 
     if options.model is not None:
@@ -295,32 +227,33 @@ def _tokenizer_and_model(
         elif options.tokenizer is not None:
             tokenizer = tokenizers.load(options.tokenizer)
         else:
-            assert options.vocab_size is not None
-            with console.announced(f"training a {options.tokenizer_type} tokenizer of {options.vocab_size}"):
-                tokenizer = prepare.train_tokenizer(found, options.tokenizer_type, options.vocab_size)
+            tokenizer = _new_tokenizer(options, found, exactly)
         config = _architecture(options, overrides, tokenizer.vocab_size)
         seeds = [member.seed for member in _members(options)]
         fresh = [transformer.init(config, keys.fold_in_name(keys.key(s, options.device), "init")) for s in seeds]
         params = tree.stack(fresh) if len(seeds) > 1 else fresh[0]
-    if options.overwrite:
-        files.remove(out)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out)
-    record = {"options": dataclasses.asdict(options), "overrides": overrides, "model": config.to_json()}
-    record["options"]["block_size"] = options.block_size or config.max_len
-    files.write_json(out / "run.json", {**record, "versions": _versions()})
+    resolved = dataclasses.replace(options, block_size=options.block_size or config.max_len)
+    run_folder.begin(resolved, overrides, config, tokenizer, out)
     return tokenizer, config, params
 
 
-def _versions() -> dict[str, Any]:
-    import torch
+def _new_tokenizer(options: TrainOptions, found: Corpus, exactly: bool) -> Tokenizer:
+    """A tokenizer of the text; smaller than the architecture's where the text has no more, unless `exactly` so many."""
+    from functional_lm.text import prepare
+    from functional_lm.text.subword import VocabularyTooLarge
 
-    return {
-        "functional_lm": functional_lm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }
+    def trained(size: int) -> Tokenizer:
+        with console.announced(f"training a {options.tokenizer_type} tokenizer of {size}"):
+            return prepare.train_tokenizer(found, options.tokenizer_type, size)
+
+    assert options.vocab_size is not None
+    try:
+        return trained(options.vocab_size)
+    except VocabularyTooLarge as error:
+        if exactly:
+            raise
+        console.say(f"the text has no more than {error.most} pieces, so that many")
+        return trained(error.most)
 
 
 def _text(options: TrainOptions, tokenizer: Tokenizer, found: Corpus, out: Path) -> Text:
@@ -392,23 +325,10 @@ def _train(
 
 
 def _functions(options: TrainOptions, config: ModelConfig, population: bool) -> Training:
-    import torch
-
-    from functional_lm.training import optimizer, schedule, step
     from functional_lm.training.population import vmapped
 
-    last = options.learning_rate / 10 if options.min_learning_rate is None else options.min_learning_rate
-    floor = last / options.learning_rate
-    functions = step.training(
-        dataclasses.replace(config, attention="standard") if population else config,
-        optimizer.optimizer(options.optimizer),
-        schedule.schedule(options.schedule, options.warmup_steps, floor, options.cooldown),
-        getattr(torch, options.dtype),
-        {name: getattr(options, name) for name in step.DEFAULTS if hasattr(options, name)}
-        | {"total_steps": options.steps or step.DEFAULTS["total_steps"]},
-        z_loss=options.z_loss,
-        ema=options.ema_decay > 0,
-    )
+    config = dataclasses.replace(config, attention="standard") if population else config
+    functions = trainer.functions(options, config)
     return vmapped(functions) if population else functions
 
 

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from functional_lm.tree import Tree
 
 
+class Written(NamedTuple):
+    """How parameters lie in a folder where they are no whole model: `save(folder, params)` and `load(folder)`."""
+
+    save: Callable[[Path, Tree], None]
+    load: Callable[[Path], Tree]
+    use: str  # the command that goes on from there, without its prompt
+
+
 class Job(NamedTuple):
     """What is trained: functions and batches, how it is measured and how it writes."""
 
@@ -35,6 +43,9 @@ class Job(NamedTuple):
     sample: Callable[[Tree], Iterator[str]]  # in pieces, as it writes
     steps_per_epoch: float
     members: int = 0  # of a population; 0: one model
+    written: Written | None = None  # None: as a model folder
+    unit: str = "tokens"  # what the loss is a mean over
+    sampled: str = "16 tokens of the validation text"  # what a sample goes on from
 
 
 @dataclass
@@ -96,8 +107,9 @@ def train(
         kept: dict[str, Any] = {"best": dataclasses.asdict(best)}
         if flags.minutes:  # the one case in which the clock decides what comes
             kept["seconds"] = seconds
-        whole = None if job.members else job.config
-        checkpoint.save(out / "checkpoints", state, whole, job.tokenizer, kept)
+        whole = None if job.members or job.written else job.config
+        beside = job.written.save if job.written else None
+        checkpoint.save(out / "checkpoints", state, whole, job.tokenizer, kept, beside)
         checkpoint.prune(out / "checkpoints", flags.keep)
 
     def sample(state: TrainState) -> None:
@@ -115,6 +127,27 @@ def train(
         console.say(f"stopped; the same command goes on from {_newest(out)}")
         raise KeyboardInterrupt  # the exit code of a stopped run, 130
     return outcome, best
+
+
+def functions(flags: TrainingFlags, config: ModelConfig, **more: Any) -> Training:
+    """The step that the flags describe; `more` goes to `step.training` as it is."""
+    import torch
+
+    from functional_lm.training import optimizer, schedule, step
+
+    last = flags.learning_rate / 10 if flags.min_learning_rate is None else flags.min_learning_rate
+    floor = last / flags.learning_rate
+    return step.training(
+        config,
+        optimizer.optimizer(flags.optimizer),
+        schedule.schedule(flags.schedule, flags.warmup_steps, floor, flags.cooldown),
+        getattr(torch, flags.dtype),
+        {name: getattr(flags, name) for name in step.DEFAULTS if hasattr(flags, name)}
+        | {"total_steps": flags.steps or step.DEFAULTS["total_steps"]},
+        z_loss=flags.z_loss,
+        ema=flags.ema_decay > 0,
+        **more,
+    )
 
 
 def members(state: TrainState, job: Job) -> list[Tree]:
@@ -153,7 +186,10 @@ def _keep(path: Path, params: Tree, job: Job) -> None:
     from functional_lm import folder
 
     with files.writing_folder(path) as temporary:
-        folder.save(temporary, params, job.config, job.tokenizer)
+        if job.written is not None:
+            job.written.save(temporary, params)
+        else:
+            folder.save(temporary, params, job.config, job.tokenizer)
 
 
 def _newest(out: Path) -> Path:

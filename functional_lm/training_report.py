@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import sys
@@ -112,7 +113,8 @@ def finish(
     if outcome.ended == "patience":
         console.say(f"ended after {best.waited} validations without a better one; step {best.step} was the best")
     if flags.patience and best.step:
-        params = tree.load(out / "best" / "model.safetensors", flags.device)
+        kept = out / "best"
+        params = job.written.load(kept) if job.written else tree.load(kept / "model.safetensors", flags.device)
     likelihood = job.measure(params, None)
     if likelihood.tokens:
         recorder.metrics(steps, {"val_loss": likelihood.loss})
@@ -123,7 +125,7 @@ def finish(
     if flags.sample_tokens:
         recorder.text(steps, "sample", _print_sample(job, params))
     console.say()
-    _say_end(report, likelihood, outcome)
+    _say_end(report, job, likelihood, outcome)
 
 
 def finish_population(
@@ -153,7 +155,7 @@ def finish_population(
     if flags.sample_tokens:
         recorder.text(int(outcome.state.step.max()), "sample", _print_sample(job, members[first]))
     console.say(f"\nmember {first} is the model of the run, the others are in {report.out / 'members'}")
-    _say_end(report, likelihoods[first], outcome)
+    _say_end(report, job, likelihoods[first], outcome)
 
 
 def _say_members(summaries: Sequence[Mapping[str, Any]], order: Sequence[int]) -> None:
@@ -176,7 +178,7 @@ def summarize(
     per_step = flags.batch_size * (flags.block_size or 0) * flags.gradient_accumulation_steps
     return {
         "val_loss": likelihood.loss,
-        "val_bits_per_byte": likelihood.bits_per_byte(report.validation_bytes),
+        "val_bits_per_byte": likelihood.bits_per_byte(report.validation_bytes) if report.validation_bytes else math.nan,
         "val_tokens": likelihood.tokens,
         "tokens_per_second": outcome.tokens_per_second,
         "wall_seconds": time.perf_counter() - report.started,
@@ -201,10 +203,14 @@ def write(report: Report, params: Tree, job: trainer.Job, summary: Mapping[str, 
     from functional_lm.training import record
 
     out = report.out
-    folder.save(out, params, job.config, job.tokenizer)
+    if job.written is not None:
+        job.tokenizer.save(out)
+        job.written.save(out, params)
+    else:
+        folder.save(out, params, job.config, job.tokenizer)
     files.write_json(out / "summary.json", _plain(summary))
     curves = (out / "metrics.jsonl").exists()
-    files.write_text(out / "README.md", _card(report.data, summary, out, curves))
+    files.write_text(out / "README.md", _card(report.data, summary, out, curves, _use(job, out)))
     if curves:
         record.plot(out)
 
@@ -214,19 +220,25 @@ def _plain(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in summary.items()}
 
 
-def _say_end(report: Report, likelihood: Likelihood, outcome: Outcome) -> None:
+def _say_end(report: Report, job: trainer.Job, likelihood: Likelihood, outcome: Outcome) -> None:
     if likelihood.tokens:
+        bits = likelihood.bits_per_byte(report.validation_bytes)
         console.say(
-            f"validation loss {likelihood.loss:.4f} nats per token, "
-            f"{likelihood.bits_per_byte(report.validation_bytes):.4f} bits per byte, "
-            f"over all {console.count(likelihood.tokens)} tokens of the split"
+            f"validation loss {likelihood.loss:.4f} nats per {job.unit[:-1]}, "
+            f"{f'{bits:.4f} bits per byte, ' if report.validation_bytes else ''}"
+            f"over all {console.count(likelihood.tokens)} {job.unit} of the split"
         )
     if skipped := int(outcome.state.skipped.max()):
         console.say(f"{skipped} steps changed nothing: their loss or gradient was not finite")
     wall = console.duration(time.perf_counter() - report.started)
     console.say(f"{console.count(outcome.tokens_per_second)} tokens/s, {wall} in all")
-    out = report.out
-    console.say(f"the model is in {out}; go on with: python -m functional_lm.generate --model {out} --prompt TEXT")
+    what = "adapter" if job.written else "model"
+    console.say(f"the {what} is in {report.out}; go on with: {_use(job, report.out)} --prompt TEXT")
+
+
+def _use(job: trainer.Job, out: Path) -> str:
+    """The command that writes with what was trained."""
+    return job.written.use if job.written else f"python -m functional_lm.generate --model {out}"
 
 
 # Samples --------------------------------------------------------------------------------------------------------------
@@ -248,7 +260,7 @@ def sample(
 
 
 def _print_sample(job: trainer.Job, params: Tree) -> str:
-    console.say(f"\na sample: the model goes on from {PROMPT} tokens of the validation text\n")
+    console.say(f"\na sample: the model goes on from {job.sampled}\n")
     pieces = []
     for piece in job.sample(params):
         pieces.append(piece)
@@ -267,13 +279,13 @@ def _peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _card(data: str, summary: Mapping[str, Any], out: Path, curves: bool) -> str:
+def _card(data: str, summary: Mapping[str, Any], out: Path, curves: bool, use: str) -> str:
     """The model card: what it was trained on and what came of it."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items() if not isinstance(value, (dict, list)))
     picture = "![loss](loss.png)\n\n" if curves else ""
     return (
         f"# {out.name}\n\nA language model trained with functional_lm on `{data}`.\n\n"
         f"| | |\n|---|---|\n{rows}\n\n{picture}"
-        f"    python -m functional_lm.generate --model {out} --prompt TEXT\n\n"
+        f"    {use} --prompt TEXT\n\n"
         "All flags of the run are in `run.json`, every step in `metrics.jsonl`.\n"
     )

@@ -41,6 +41,7 @@ def program() -> None:
         from functional_lm import keys, tree
         from functional_lm.inference import cache as kv
         from functional_lm.inference.generate import GenerateOptions, decoder, generate
+        from functional_lm.model import lora
         from functional_lm.model.compute import compute_copy
         from functional_lm.model.config import ModelConfig
         from functional_lm.model.positions import restart
@@ -63,7 +64,20 @@ def program() -> None:
         options = GenerateOptions(9, top_k=seed % 3, seed=seed)
         list(generate(params, [0, 1], decoder(config, False, options.truncates), options))
 
+    @settings(max_examples=10, deadline=None, database=None)
+    @given(config=configs(max_len=6), seed=SEEDS, dora=st.booleans())
+    def with_adapters(config: ModelConfig, seed: int, dora: bool) -> None:
+        params, tokens = weights(config, seed), token_rows(config, (3, 4), seed)
+        adapter = lora.init(params, lora.ALL_LINEAR if dora else "*", 2, keys.key(seed), dora=dora)
+        forward(lora.attach(params, adapter), tokens, config)
+        dropping = lora.keyed(lora.attach(params, lora.with_dropout(adapter, 0.5)), keys.key(1))
+        forward(compute_copy(dropping, torch.bfloat16), tokens, config)
+        bank = lora.select(lora.stack(params, [adapter]), torch.tensor([0, 1, 0]))
+        forward(lora.attach(params, bank), tokens, config)
+        forward(lora.merge(params, adapter), tokens, config)
+
     everywhere()
+    with_adapters()
 
     # A check that checks nothing would also pass.
     config = ModelConfig(vocab_size=5, d_model=4, n_layers=1, n_heads=1)

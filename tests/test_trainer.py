@@ -264,3 +264,14 @@ def test_a_length_is_resolved_once() -> None:
     assert training_flags.resolve_length(training_flags.TrainingFlags(minutes=1.0), 7.0).steps is None
     with pytest.raises(UsageError, match="--min_learning_rate"):
         training_flags.check(training_flags.TrainingFlags(min_learning_rate=1.0))
+
+
+def test_a_vocabulary_that_nobody_asked_for_shrinks_to_the_text(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert pretrain(**{**QUIET, "vocab_size": None, "steps": 2}, data=text, out=out) == 0
+    most = int(re.search(r"the text has no more than (\d+) pieces", capsys.readouterr().out)[1])
+    model = functional_lm.load(out)
+    assert model.tokenizer.vocab_size == model.config.vocab_size == most < 4096
+    assert pretrain(**{**QUIET, "vocab_size": None, "steps": 4}, data=text, out=out) == 0  # it is the same run

@@ -11,7 +11,13 @@ from functional_lm.model.config import LONG, ModelConfig
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 FLOAT32 = WIDTHS["float32"]
-EAGER = {"swiglu": 13, "gelu": 13, "relu": 3, "relu2": 6}  # numbers an eager step keeps for each of F; measured
+EAGER = {
+    "swiglu": 13,
+    "gelu": 13,
+    "gelu_erf": 3,
+    "relu": 3,
+    "relu2": 6,
+}  # numbers an eager step keeps for each of F; measured
 
 
 class Part(NamedTuple):

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from functional_lm import keys
 from functional_lm.model.config import LONG, ModelConfig
-from functional_lm.model.linear import linear
+from functional_lm.model.linear import adapted, drop, linear
 from functional_lm.model.norm import norm
 from functional_lm.model.positions import Rotation, rotate
 from functional_lm.tree import Tree
@@ -95,21 +94,16 @@ def flash(
     )
 
 
-def drop(x: Float[Tensor, "..."], probability: float, key: Tensor) -> Float[Tensor, "..."]:
-    """Inverted dropout (arXiv 1207.0580): zero with `probability`, scale the rest by 1 / (1 - probability)."""
-    kept = keys.bernoulli(key, 1 - probability, x.shape)
-    return torch.where(kept, x * (1 / (1 - probability)), torch.zeros((), dtype=x.dtype, device=x.device))
-
-
 def project(
     params: Tree, x: Float[Tensor, "*B T D"], config: ModelConfig
 ) -> tuple[Float[Tensor, "*B H T E"], Float[Tensor, "*B K T E"], Float[Tensor, "*B K T E"]]:
     """Queries, keys, values by head; from one fused product where the tree holds `qkv_proj`."""
-    heads, shared = config.n_heads, config.n_kv_heads
+    heads, shared, names = config.n_heads, config.n_kv_heads, ("q_proj", "k_proj", "v_proj")
     if "qkv_proj" in params:
-        parts = linear(params["qkv_proj"], x).split([n * config.head_dim for n in (heads, shared, shared)], dim=-1)
+        fused = linear(params["qkv_proj"], x).split([n * config.head_dim for n in (heads, shared, shared)], dim=-1)
+        parts = adapted([params.get(name, {}) for name in names], fused, x)
     else:
-        parts = tuple(linear(params[name], x) for name in ("q_proj", "k_proj", "v_proj"))
+        parts = [linear(params[name], x) for name in names]
     query, key, value = (part.unflatten(-1, (-1, config.head_dim)).transpose(-2, -3) for part in parts)
     if "q_norm" in params:
         query = norm(params["q_norm"], query, "rmsnorm", config.norm_eps)

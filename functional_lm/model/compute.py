@@ -16,6 +16,8 @@ FUSIONS = {
     "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
 }
+FUSED = frozenset({"weight", "bias"}) | packed.LEAVES
+ADDED = frozenset({"lora_A", "lora_B", "lora_scale", "lora_dropout", "lora_key", "lora_index"})
 
 
 def compute_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
@@ -40,15 +42,31 @@ def decoding_copy(params: Tree, dtype: torch.dtype) -> Tree:
     return quantize.each(compute_copy(params, dtype), lambda child: packed.for_decoding(child, dtype))
 
 
-def fused(params: Tree, name: str, parts: tuple[str, ...]) -> Tree:
-    """`parts` stacked along their outputs under `name`, where all of them are there and are plain products.
+def freeze(params: Tree, trained: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
+    """The compute copy of what `trained` does not hold, made once; `overlay(freeze(...), trained)` is the whole model.
 
-    Quantised ones are too, since their grids lie along the inputs; adapters keep their products apart.
+    Products are fused if only adapters are trained, of the kind that hangs on the parts of a fused product.
     """
-    if not all(part in params and params[part].keys() <= {"weight", "bias", *packed.LEAVES} for part in parts):
+    names = tree.flatten(trained).keys()
+    rest = tree.unflatten({name: leaf for name, leaf in tree.flatten(params).items() if name not in names})
+    return compute_copy(rest, dtype, fuse and {name.rpartition(".")[2] for name in names} <= ADDED)
+
+
+def fused(params: Tree, name: str, parts: tuple[str, ...]) -> Tree:
+    """`parts` stacked along their outputs under `name`, where all of them are there and are products of a weight.
+
+    Adapters stay under the names of their parts, where `linear.adapted` finds them. Quantised weights fuse too, since
+    their grids lie along the inputs. Magnitudes (DoRA) keep the products apart: what the leaves are decides.
+    """
+    if not all({"weight", "qweight"} & params.get(part, {}).keys() for part in parts) or not all(
+        params[part].keys() <= FUSED | ADDED for part in parts
+    ):
         return params
-    leaves = params[parts[0]].keys()
-    if any(params[part].keys() != leaves for part in parts):
+    leaves = params[parts[0]].keys() & FUSED
+    if any(params[part].keys() & FUSED != leaves for part in parts):
         return params
-    rest = {part: child for part, child in params.items() if part not in parts}
-    return {**rest, name: {leaf: torch.cat([params[part][leaf] for part in parts]) for leaf in leaves}}
+    made = {part: child for part, child in params.items() if part not in parts}
+    for part in parts:
+        if added := {leaf: value for leaf, value in params[part].items() if leaf in ADDED}:
+            made[part] = added
+    return {**made, name: {leaf: torch.cat([params[part][leaf] for part in parts]) for leaf in sorted(leaves)}}

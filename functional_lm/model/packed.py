@@ -95,6 +95,11 @@ def dequantize(params: Tree, dtype: torch.dtype = torch.float32) -> Float[Tensor
     return (groups * scales[..., None]).flatten(-2).to(dtype)
 
 
+def described(params: Tree) -> Float[Tensor, "out in"]:
+    """The shape of a matrix as a tensor without storage."""
+    return torch.empty(shape(params), device="meta")
+
+
 # Products ---------------------------------------------------------------------------------------------------------
 
 

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from functional_lm import keys, tree
 from functional_lm.errors import UsageError
-from functional_lm.model.attention import Context, attention, drop, visible
+from functional_lm.model.attention import Context, attention, visible
 from functional_lm.model.config import ModelConfig
-from functional_lm.model.linear import embed, linear, unembed
+from functional_lm.model.linear import adapted, drop, embed, linear, unembed
 from functional_lm.model.norm import norm, wide
 from functional_lm.model.positions import restart, rotary_table, rotation, sinusoids
 from functional_lm.tree import Tree
@@ -144,7 +144,8 @@ def feed_forward(params: Tree, x: Float[Tensor, "*B T D"], config: ModelConfig) 
     """`mlp`: SwiGLU (arXiv 2002.05202) from three matrices, or an activation between two."""
     if config.feed_forward == "swiglu":
         if "gate_up_proj" in params:
-            gate, up = linear(params["gate_up_proj"], x).chunk(2, dim=-1)
+            fused = linear(params["gate_up_proj"], x).chunk(2, dim=-1)
+            gate, up = adapted([params.get(name, {}) for name in ("gate_proj", "up_proj")], fused, x)
         else:
             gate, up = linear(params["gate_proj"], x), linear(params["up_proj"], x)
         inner = F.silu(gate) * up

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from functional_lm.text import document as documents
 from functional_lm.text.document import Segment, Special
-from functional_lm.text.interface import ASSISTANT, END, SYSTEM, USER
+from functional_lm.text.interface import ASSISTANT, END, SYSTEM, USER, Tokenizer
 
 MARKERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 # What data sets call them: OpenAI's, ShareGPT's with its various assistants.
@@ -78,3 +79,27 @@ def layout(turns: Iterable[Turn]) -> list[Spoken]:
 def document(turns: Iterable[Turn]) -> tuple[Segment, ...]:
     """A chat as a document; one without turns is empty."""
     return tuple(segment for segment, _ in layout(turns))
+
+
+def prompt(tokenizer: Tokenizer, turns: Iterable[Turn]) -> list[int]:
+    """The ids of a chat that the assistant has to go on from: the delimiter, the turns, the assistant's marker."""
+    ids, _ = documents.encode(tokenizer, [[*document(turns), Special(ASSISTANT)]])
+    return [tokenizer.bos_id, *ids.tolist()]
+
+
+def latest(tokenizer: Tokenizer, turns: list[Turn], room: int) -> list[Turn]:
+    """The turns whose `prompt` has at most `room` ids: all, or without the oldest exchanges; a system turn stays.
+
+    Raises ValueError if not even the last turn fits.
+    """
+    first = int(bool(turns) and turns[0].role == "system")
+    for start in range(first, len(turns), 2):
+        kept = [*turns[:first], *turns[start:]]
+        if len(prompt(tokenizer, kept)) <= room:
+            return kept
+    raise ValueError(f"the last turn is longer than {room} tokens")
+
+
+def stops(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer."""
+    return (tokenizer.special_ids[END], tokenizer.eos_id)

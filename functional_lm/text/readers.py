@@ -1,7 +1,7 @@
 """How a file becomes documents: by its suffix, after `.gz` or `.zst` was unpacked.
 
 Tables are the places for more formats: `PACKED` (compression, by the last suffix), `READERS` (by the suffix before
-it; any other is plain text) and `ROWS` (how a row becomes a document, by the fields that it has).
+it; any other is plain text) and, in `rows.py`, `ROWS` (how a row becomes a document).
 
 A reader yields one document for each row, empty ones too, so that `skip` rows can be passed over without work when an
 interrupted run goes on. It holds one row in memory (of Parquet a few hundred), of a text file one segment.
@@ -16,7 +16,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from functional_lm.errors import DataError
-from functional_lm.text import chat, storage
+from functional_lm.text import rows as rows_of
+from functional_lm.text import storage
 from functional_lm.text.document import Document, Encoded
 
 SEGMENT_BYTES = 1 << 20  # a longer text is read in several segments
@@ -49,6 +50,25 @@ def read(path: Path, skip: int = 0) -> Iterator[tuple[Document, int]]:
     with _explained(path), open(path, "rb") as raw, _unpacked(path, raw) as stream:
         for document in reader(Opened(path, raw, stream), skip):
             yield document, raw.tell()
+
+
+def rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of a JSON, JSONL or Parquet file as they are, each with its place in words.
+
+    Of a Parquet file it reads the columns that `rows.ROWS` knows. Raises DataError for a file of another kind, and as
+    `read` does.
+    """
+
+    def whole(row: Any, where: str) -> Any:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a JSON object was expected, not {type(row).__name__}")
+        return row, where
+
+    reader = ROW_READERS.get(_suffixes(path)[0])
+    if reader is None:
+        raise DataError(f"{path}: rows are read from {', '.join(ROW_READERS)}, not from {path.suffix or 'a text'}")
+    with _explained(path), open(path, "rb") as raw, _unpacked(path, raw) as stream:
+        yield from (found for found in reader(Opened(path, raw, stream), 0, whole) if found)
 
 
 def check(path: Path) -> None:
@@ -194,7 +214,10 @@ def _decode(raw: bytes, where: str, offset: int = 0) -> str:
 # Rows ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_json_lines(opened: Opened, skip: int) -> Iterator[Document]:
+Convert = Callable[[Any, str], Any]  # (row, its place in words)
+
+
+def _read_json_lines(opened: Opened, skip: int, convert: Convert = rows_of.document) -> Iterator[Any]:
     offset = 0
     for number, raw in enumerate(opened.stream, 1):
         start, offset = offset, offset + len(raw)
@@ -203,7 +226,7 @@ def _read_json_lines(opened: Opened, skip: int) -> Iterator[Document]:
         mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
         where = f"{opened.path}, line {number}"
         line = _decode(raw[mark:], where, start + mark)
-        yield _row_document(_parse(line, where), where) if line.strip() else ()
+        yield convert(_parse(line, where), where) if line.strip() else ()
 
 
 def _parse(line: str, where: str) -> Any:
@@ -213,9 +236,9 @@ def _parse(line: str, where: str) -> Any:
         raise DataError(f"{where}: not JSON ({error})") from None
 
 
-def _read_json(opened: Opened, skip: int) -> Iterator[Document]:
+def _read_json(opened: Opened, skip: int, convert: Convert = rows_of.document) -> Iterator[Any]:
     for number, row in enumerate(_elements(_Ahead(opened)), 1):
-        yield _row_document(row, f"{opened.path}, row {number}") if number > skip else ()
+        yield convert(row, f"{opened.path}, row {number}") if number > skip else ()
 
 
 class _Ahead:
@@ -285,7 +308,7 @@ def _element(ahead: _Ahead, where: str) -> Any:
             raise DataError(f"{where}: not JSON ({error})") from None
 
 
-def _read_parquet(opened: Opened, skip: int) -> Iterator[Document]:
+def _read_parquet(opened: Opened, skip: int, convert: Convert = rows_of.document) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet
 
@@ -293,7 +316,7 @@ def _read_parquet(opened: Opened, skip: int) -> Iterator[Document]:
         raise DataError(f"{opened.path}: Parquet is compressed inside; unpack the file and give it as .parquet")
     try:
         file = parquet.ParquetFile(opened.raw, pre_buffer=False)
-        fields = _fields(file.schema_arrow.names, str(opened.path))
+        fields = rows_of.fields_of(file.schema_arrow.names, str(opened.path))
         number = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -304,7 +327,7 @@ def _read_parquet(opened: Opened, skip: int) -> Iterator[Document]:
                 for row in batch.to_pylist():
                     number += 1
                     if number > skip:
-                        yield _row_document(row, f"{opened.path}, row {number}")
+                        yield convert(row, f"{opened.path}, row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{opened.path} is no Parquet file or damaged ({' '.join(str(error).split())})") from error
 
@@ -327,65 +350,9 @@ READERS: dict[str, Callable[[Opened, int], Iterator[Document]]] = {
     ".parquet": _read_parquet,
     ".bin": _read_dataset,
 }
-
-
-# One row to one document ----------------------------------------------------------------------------------------------
-
-Row = Mapping[str, Any]
-
-
-def _row_document(row: Any, where: str) -> Document:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object was expected, not {type(row).__name__}")
-    fields = _fields(row, where)
-    try:
-        document = ROWS[fields](row)
-        for segment in document:
-            if isinstance(segment, str):
-                segment.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: {_named(fields)} is not text ({error})") from None
-    return document
-
-
-def _fields(names: Any, where: str) -> tuple[str, ...]:
-    """The first entry of ROWS whose fields are all there."""
-    for fields in ROWS:
-        if all(field in names for field in fields):
-            return fields
-    raise DataError(f"{where}: no {' or '.join(map(_named, ROWS))} among {sorted(names)}")
-
-
-def _named(fields: tuple[str, ...]) -> str:
-    return f"field {' with '.join(map(repr, fields))}"
-
-
-def _text(name: str) -> Callable[[Row], Document]:
-    def read(row: Row) -> Document:
-        return (_string(row[name]),) if row[name] != "" else ()
-
-    return read
-
-
-def _chat(name: str) -> Callable[[Row], Document]:
-    return lambda row: chat.document(chat.turns(row[name]))
-
-
-def _prompt_and_response(row: Row) -> Document:
-    return chat.document([chat.turn("user", _string(row["prompt"])), chat.turn("assistant", _string(row["response"]))])
-
-
-def _string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"it is {type(value).__name__}")
-    return value
-
-
-ROWS: dict[tuple[str, ...], Callable[[Row], Document]] = {
-    ("text",): _text("text"),
-    ("content",): _text("content"),
-    ("prompt", "response"): _prompt_and_response,
-    ("messages",): _chat("messages"),
-    ("conversation",): _chat("conversation"),  # LMSYS-Chat-1M
-    ("conversations",): _chat("conversations"),  # ShareGPT
+ROW_READERS: dict[str, Callable[[Opened, int, Convert], Iterator[Any]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
 }

@@ -277,12 +277,20 @@ def _of_frequent_characters(sentences: list[str], vocab_size: int) -> list[str]:
     return [sentence.translate(rare) for sentence in sentences] if rare else sentences
 
 
+class VocabularyTooLarge(UsageError):
+    """More tokens were asked for than the text has pieces; `most` are possible."""
+
+    def __init__(self, vocab_size: int, most: int) -> None:
+        super().__init__(
+            f"vocab_size {vocab_size} is more than this text supports; "
+            f"give {most} or less (--vocab_size {most}), or more text"
+        )
+        self.most = most
+
+
 def _training_error(message: str, vocab_size: int) -> Exception:
     if most := re.search(r"too high.*<= (\d+)", message):
-        return UsageError(
-            f"vocab_size {vocab_size} is more than this text supports; "
-            f"give {most[1]} or less (--vocab_size {most[1]}), or more text"
-        )
+        return VocabularyTooLarge(vocab_size, int(most[1]))
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UsageError(
             f"vocab_size {vocab_size} cannot hold the text's characters and all bytes; give {least[1]} or more"

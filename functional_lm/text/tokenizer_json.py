@@ -10,10 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from functional_lm.text.interface import TOKENIZERS_FILE
+from functional_lm.text.interface import ASSISTANT, CHAT, END, SYSTEM, TOKENIZERS_FILE, USER
 
 FILE = TOKENIZERS_FILE
 Json = dict[str, Any]
+# The layout of `chat.py` for Hugging Face's `apply_chat_template`; here nothing reads it. `chat.prompt` gives its ids.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    + "".join(
+        f"{{% {'if' if role == 'system' else 'elif'} message['role'] == '{role}' %}}{{{{ '{marker}' }}}}"
+        for role, marker in (("system", SYSTEM), ("user", USER), ("assistant", ASSISTANT))
+    )
+    + "{% else %}{{ raise_exception('a role is system, user or assistant, not ' + message['role']) }}{% endif %}"
+    f"{{{{ message['content'] + '{END}' }}}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{{{{ '{ASSISTANT}' }}}}{{% endif %}}"
+)
 
 
 def bpe(pieces: Sequence[str], texts: Iterable[str], unknown: str) -> Json:
@@ -84,4 +95,5 @@ def settings(special: Mapping[str, int], bos: int, eos: int, unknown: int | None
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
+        **({"chat_template": CHAT_TEMPLATE} if set(CHAT) <= special.keys() else {}),
     }

@@ -8,6 +8,7 @@ checkpoints/step-00001000/   a model folder (generate from it, fine-tune it), an
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from functional_lm.errors import DataError
 from functional_lm.model.config import ModelConfig
 from functional_lm.text.tokenizer import Tokenizer
 from functional_lm.training.step import TrainState
+from functional_lm.tree import Tree
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})")
@@ -33,10 +35,12 @@ def save(
     config: ModelConfig | None,
     tokenizer: Tokenizer,
     memory: dict[str, Any],
+    beside: Callable[[Path, Tree], None] | None = None,
 ) -> Path:
     """Write the state under its step; `memory` is JSON that comes back with it.
 
-    Without a `config` (a population, whose leaves have one more axis) it is no model folder: parameters go to the rest.
+    Without a `config` (a population, whose leaves have one more axis; an adapter) it is no model folder: parameters go
+    to the rest, and `beside(folder, params)` may write a form of theirs that others read.
     """
     step = int(state.step.max())
     path = Path(checkpoints) / name(step)
@@ -46,6 +50,8 @@ def save(
             folder.save(temporary, parts.pop("params"), config, tokenizer)
         else:
             tokenizer.save(temporary)
+            if beside is not None:
+                beside(temporary, state.best_params)
         tree.save(parts, temporary / "training.safetensors")
         files.write_json(
             temporary / "training.json",

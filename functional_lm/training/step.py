@@ -7,6 +7,9 @@
 Sums are kept apart from counts up to `apply`, so that k microbatches added up are one batch of k times the size,
 whatever tokens each of them holds.
 
+Only the leaves of the state's `params` are differentiated, updated and stored: all of a model, or a part of it
+(an adapter, say) that stands in front of a frozen rest.
+
 Axes: B batch, T time.
 """
 
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from functional_lm import keys, tree
-from functional_lm.model import transformer
+from functional_lm.model import lora, transformer
 from functional_lm.model.compute import compute_copy
 from functional_lm.model.config import ModelConfig
 from functional_lm.training import scaler
@@ -28,6 +31,8 @@ from functional_lm.training.transformation import Optimizer
 from functional_lm.tree import Tree
 
 Batch = Mapping[str, Tensor]
+# (compute copy, batch, config, dropout key, z_loss) -> (value to differentiate, sums for Metrics)
+Objective = Callable[[Tree, Batch, ModelConfig, "Tensor | None", float], tuple[Tensor, dict[str, Any]]]
 
 
 class TrainState(NamedTuple):
@@ -90,12 +95,18 @@ def training(
     fuse: bool = True,
     z_loss: float = 0.0,
     ema: bool = False,
+    frozen: Tree | None = None,
+    objective: Objective = transformer.loss,
 ) -> Training:
     """The step of `config` under `optimizer`.
 
     `dtype` is that of the compute copy (float16 brings a loss scale with it), the masters stay float32; `numbers`
     change some of DEFAULTS; `z_loss` weighs the squared log-partition function; `ema` keeps a mean of the parameters.
+
+    `frozen` (of `compute.freeze`) is the part of the model that the state's parameters lack: no gradient, no optimizer
+    state, not in a checkpoint, and one for all members of a population. `objective` is what is minimised.
     """
+    drops = frozen is not None and lora.drops(frozen)
     constants = {**DEFAULTS, **(numbers or {})}
 
     def init(params: Tree, key: Tensor) -> TrainState:
@@ -113,9 +124,10 @@ def training(
 
     def gradients(state: TrainState, batch: Batch, microbatch: Tensor | int = 0) -> tuple[Tree, Metrics]:
         key = None
-        if config.dropout > 0:
+        if config.dropout > 0 or drops:
             key = keys.fold_in(keys.fold_in(state.key, state.step), microbatch)
-        return loss_gradients(state.params, batch, config, key, dtype, fuse, z_loss, state.scaler.get("scale"))
+        scale = state.scaler.get("scale")
+        return loss_gradients(state.params, batch, config, key, dtype, fuse, z_loss, scale, frozen, objective)
 
     def apply(state: TrainState, grads: Tree, metrics: Metrics) -> tuple[TrainState, dict[str, Tensor]]:
         tokens = metrics.tokens.clamp(min=1)
@@ -162,22 +174,32 @@ def loss_gradients(
     fuse: bool = True,
     z_loss: float = 0.0,
     scale: Tensor | None = None,
+    frozen: Tree | None = None,
+    objective: Objective = transformer.loss,
 ) -> tuple[Tree, Metrics]:
     """Gradients of the summed loss with respect to the masters, through the compute copy.
 
     The loss is multiplied by `scale` on its way through float16, and the gradients are divided by it.
     """
 
-    def objective(masters: Tree) -> tuple[Tensor, dict[str, Any]]:
-        copy = compute_copy(masters, dtype, fuse)
-        loss, sums = transformer.loss(copy, batch, config, key, z_loss)
+    def value(masters: Tree) -> tuple[Tensor, dict[str, Any]]:
+        copy = whole(masters, frozen, dtype, fuse, key)
+        loss, sums = objective(copy, batch, config, key, z_loss)
         return loss if scale is None else loss * scale, sums
 
     gradient = recomputing_gradient if config.checkpoint_activations else torch.func.grad
-    grads, sums = gradient(objective, has_aux=True)(params)
+    grads, sums = gradient(value, has_aux=True)(params)
     if scale is not None:
         grads = tree.map(lambda g: g / scale, grads)
     return grads, Metrics(**sums)
+
+
+def whole(params: Tree, frozen: Tree | None, dtype: torch.dtype, fuse: bool = True, key: Tensor | None = None) -> Tree:
+    """The compute copy of the whole model: of the masters, in front of what is frozen; `key` lets adapters drop."""
+    if frozen is None:
+        return compute_copy(params, dtype, fuse)
+    copy = tree.overlay(frozen, compute_copy(params, dtype, fuse=False))
+    return copy if key is None else lora.keyed(copy, keys.fold_in_name(key, "adapters"))
 
 
 def recomputing_gradient(function: Callable[[Tree], tuple[Tensor, Any]], has_aux: bool = True) -> Callable[..., Any]:

@@ -1,0 +1,80 @@
+"""`python -m functional_lm chat`: talk to a fine-tuned model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from functional_lm import console
+from functional_lm.cli import Command, main_single
+from functional_lm.generate import DTYPES, opened
+from functional_lm.options import REQUIRED, option
+
+
+@dataclass(frozen=True)
+class ChatFlags:
+    """Flags of `chat`."""
+
+    model: str = option(REQUIRED, "model folder", aliases=("model_path",))
+    adapter: str | None = option(None, "adapter folder (PEFT's form) to merge into the model")
+    any_base: bool = option(False, "use an adapter that was trained on another base all the same")
+    system: str | None = option(None, "what the model is told before the conversation")
+    max_tokens: int = option(200, "longest answer", low=1, aliases=("max_new_tokens",))
+    temperature: float = option(0.8, "0: always the likeliest token", low=0, group="Sampling")
+    top_k: int = option(0, "draw from the k likeliest tokens; 0: off", low=0, group="Sampling")
+    top_p: float = option(1.0, "draw from the likeliest tokens that hold this mass", above=0, high=1, group="Sampling")
+    seed: int = option(0, "seed of the draws", low=0, group="Sampling")
+    dtype: str = option("auto", "precision of weights and cache", choices=DTYPES, group="Machine")
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), group="Machine")
+    compile: bool = option(True, "compile prefill and decoding (eager where no C++ compiler is found)", group="Machine")
+
+
+def run(options: ChatFlags) -> int:
+    """Read turns from standard input, a line each, and stream the answers until its end (Ctrl-D).
+
+    A conversation that outgrows the model's context forgets its oldest exchanges, and says so.
+    """
+    from functional_lm.inference import text
+    from functional_lm.inference.generate import GenerateOptions, decoder, generate
+    from functional_lm.text import chat, conversations
+
+    weights, config, tokenizer, compile = opened(options)
+    conversations.require_markers(tokenizer, options.model)
+    how = GenerateOptions(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
+    run = decoder(config, compile, how.truncates)
+    if compile:
+        with console.announced("compiling", file=sys.stderr):
+            list(generate(weights, [tokenizer.bos_id], run, GenerateOptions(2, options.temperature)))
+    asks = "user: " if sys.stdin.isatty() else ""
+    turns = [chat.turn("system", options.system)] if options.system else []
+    room = max(config.max_len - options.max_tokens, config.max_len // 2)
+    while True:
+        try:
+            said = input(asks)
+        except EOFError:
+            print()
+            return 0
+        if not said.strip():
+            continue
+        try:
+            kept = chat.latest(tokenizer, [*turns, chat.turn("user", said)], room)
+        except ValueError as error:
+            console.note(f"{error}, which a context of {config.max_len} leaves beside an answer; say less")
+            continue
+        if len(kept) < len(turns) + 1:
+            console.note("the conversation is longer than the model's context: its beginning is forgotten")
+        mine = GenerateOptions(
+            how.max_tokens, how.temperature, how.top_k, how.top_p, how.seed + len(turns), chat.stops(tokenizer)
+        )
+        answer = []
+        for piece in text.stream(weights, run, tokenizer, chat.prompt(tokenizer, kept), mine):
+            answer.append(piece)
+            print(piece, end="", flush=True)
+        print(flush=True)
+        turns = [*kept, chat.turn("assistant", "".join(answer))]
+
+
+COMMAND = Command("chat", "talk to a fine-tuned model in the terminal (Ctrl-D ends)", ChatFlags, run)
+
+if __name__ == "__main__":
+    sys.exit(main_single(COMMAND, prog="python -m functional_lm.chat"))

@@ -1,0 +1,220 @@
+"""Adapter folders as PEFT has them: `adapter_config.json` and `adapter_model.safetensors`, out and in.
+
+PEFT's names are the paths of `transformers`' modules with a prefix; for the architectures whose tree has the same names
+(`llama`, `mistral`, `qwen2`, `qwen3`) such a folder is an adapter for both. What `adapter_config.json` says beyond what
+is read here is known to change nothing, or refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_lm import files, tree
+from functional_lm.errors import DataError
+from functional_lm.model import lora
+from functional_lm.model.config import read_object
+from functional_lm.model.lora import EMBEDDING
+from functional_lm.tree import Tree
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Leaf by its end in PEFT's name; an embedding's come without "weight".
+ENDS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "lora_magnitude"}
+ENDS |= {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
+READ |= {"base_model_name_or_path", "target_modules", "init_lora_weights", "ensure_weight_tying"}
+# Says where the adapter came from, or which modules have one, which the tensors say too.
+HARMLESS = {"task_type", "inference_mode", "revision", "peft_version", "auto_mapping", "exclude_modules"}
+HARMLESS |= {"layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config"}
+# How it began: these left the base as it was. The others (pissa, olora, loftq, ...) changed it.
+STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an adapter was made with; `base` and `digest` name the model that it belongs to."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    base: str | None = None
+    digest: str | None = None  # tree.digest of the base's parameters
+
+
+def save(folder: str | Path, adapter: Tree, settings: Settings, base: Tree) -> None:
+    """Write an adapter of `base` as a PEFT folder, each file whole or not at all; other files of the folder stay.
+
+    Raises DataError for what does not fit, and for an embedding that is also the output: PEFT adapts the input alone.
+    """
+    lora.check(base, adapter)
+    check_tied(base, adapter)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {_theirs(name): leaf for name, leaf in tree.flatten(adapter).items() if not name.endswith("lora_scale")}
+    record = dataclasses.asdict(settings)
+    tree.save(tree.unflatten(flat), folder / WEIGHTS, record)
+    files.write_json(
+        folder / CONFIG,
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": settings.base,
+            "inference_mode": True,
+            "r": settings.rank,
+            "lora_alpha": settings.alpha,
+            "lora_dropout": settings.dropout,
+            "target_modules": _modules(adapter, base),
+            "use_rslora": settings.rslora,
+            "use_dora": settings.dora,
+            "fan_in_fan_out": False,
+            "bias": "none",
+            "init_lora_weights": True,
+        },
+    )
+
+
+def check_tied(base: Tree, adapter: Tree) -> None:
+    """Raise DataError for an adapter of an embedding that is the output too, which PEFT would compute otherwise."""
+    path = next((path for path in lora.projections(adapter) if path.endswith(EMBEDDING)), None)
+    if path is not None and "lm_head" not in base:
+        raise DataError(
+            f"{path} is also this model's output; an adapter folder adapts inputs alone: leave it out of the targets"
+        )
+
+
+def _theirs(name: str) -> str:
+    path, _, kind = name.rpartition(".")
+    if path.endswith(EMBEDDING):
+        kind = kind.replace("lora_", "lora_embedding_")
+    elif kind == "lora_magnitude":
+        kind = "lora_magnitude_vector"
+    else:
+        kind += ".weight"
+    return f"{PREFIX}{path}.{kind}"
+
+
+def _modules(adapter: Tree, base: Tree) -> list[str]:
+    """Last parts of paths where all modules that have them are adapted, else whole paths."""
+    adapted, known = lora.projections(adapter).keys(), lora.places(base)
+    short = {path.rpartition(".")[2] for path in adapted}
+    if all(path in adapted for path in known if path.rpartition(".")[2] in short):
+        return sorted(short)
+    return list(adapted)
+
+
+# In -------------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    folder: str | Path, params: Tree, digest: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[Tree, Settings]:
+    """The adapter in a PEFT folder for the model `params`, float leaves as stored, and its settings.
+
+    With `digest` (of the base as it was loaded) an adapter that recorded another one is refused. Raises DataError for
+    a missing or damaged file, a setting that is not understood, and tensors that do not fit this model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"no adapter folder at {folder}")
+    values = read_object(folder / CONFIG)
+    _check(values, folder / CONFIG)
+    recorded = _record(folder / WEIGHTS)
+    if digest is not None and recorded.get("digest") not in (None, digest):
+        raise DataError(
+            f"{folder} was trained on another base ({recorded['digest'][:12]}, not {digest[:12]}; "
+            f"{recorded.get('base')}); give that --model, or --any_base to use it all the same"
+        )
+    stored = tree.flatten(tree.load(folder / WEIGHTS, device))
+    flat = {_ours(name, folder / WEIGHTS): leaf for name, leaf in stored.items()}
+    for name, leaf in flat.items():
+        if not torch.isfinite(leaf).all():
+            raise DataError(f"{folder / WEIGHTS}: {name!r} holds numbers that are not finite")
+    for path, leaves in lora.projections(tree.unflatten(flat)).items():
+        if ("lora_magnitude" in leaves) != bool(values.get("use_dora")) and not path.endswith(EMBEDDING):
+            raise DataError(f"{folder}: use_dora is {values.get('use_dora')}, and {path!r} says otherwise")
+        flat[f"{path}.lora_scale"] = torch.tensor(_scale(values, path, leaves, folder), device=device)
+    adapter = tree.unflatten(flat)
+    lora.check(params, adapter, str(folder))
+    check_tied(params, adapter)
+    targets = values.get("target_modules") or ()
+    return adapter, Settings(
+        int(values["r"]),
+        float(values["lora_alpha"]),
+        (targets,) if isinstance(targets, str) else tuple(targets),
+        float(values.get("lora_dropout") or 0.0),
+        bool(values.get("use_rslora")),
+        bool(values.get("use_dora")),
+        values.get("base_model_name_or_path"),
+        recorded.get("digest"),
+    )
+
+
+def load_adapter(folder: str | Path, params: Tree, any_base: bool = False, device: torch.device | str = "cpu") -> Tree:
+    """The adapter in a PEFT folder for the model `params`; `lora.attach` or `lora.merge` it.
+
+    Raises DataError as `load` does, and for an adapter that recorded another base than `params` unless `any_base`.
+    """
+    digest = None if any_base or "digest" not in _record(Path(folder) / WEIGHTS) else tree.digest(params)
+    return load(folder, params, digest, device)[0]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What `save` noted beside the tensors; empty for a folder that others wrote."""
+    if not path.is_file():
+        raise DataError(f"no {path.name} in {path.parent}; an adapter folder has it beside {CONFIG}")
+    files.safetensors_header(path)  # a damaged header is refused here, in one line
+    found = tree.metadata(path)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _check(values: Mapping[str, Any], path: Path) -> None:
+    """Refuse by name what is not understood."""
+    if values.get("peft_type") != "LORA":
+        raise DataError(f"{path}: peft_type is {values.get('peft_type')!r}; LORA is what is read here")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(values.get(name), int | float) or isinstance(values[name], bool) or values[name] <= 0:
+            raise DataError(f"{path}: {name} is {values.get(name)!r}; it has to be above 0")
+    if values.get("init_lora_weights") not in STARTS:
+        raise DataError(
+            f"{path}: init_lora_weights is {values['init_lora_weights']!r}, which changed the base; "
+            "save it with PEFT's conversion to plain LoRA first"
+        )
+    for name, value in values.items():
+        if name == "bias" and value in ("none", None):
+            continue
+        if name not in READ | HARMLESS and value not in (None, False, {}, []):
+            raise DataError(f"{path}: {name} is {value!r}, which is not understood here")
+
+
+def _ours(name: str, path: Path) -> str:
+    for end, kind in ENDS.items():
+        if name.startswith(PREFIX) and name.endswith(f".{end}"):
+            return f"{name[len(PREFIX) : -len(end) - 1]}.{kind}"
+    raise DataError(f"{path} has an unknown tensor {name!r}")
+
+
+def _scale(values: Mapping[str, Any], path: str, leaves: Mapping[str, Tensor], folder: Path) -> float:
+    """alpha and rank of a module, by its path or by a pattern for its end."""
+    rank = _by_pattern(values.get("rank_pattern"), path, values["r"])
+    alpha = _by_pattern(values.get("alpha_pattern"), path, values["lora_alpha"])
+    if "lora_A" in leaves and leaves["lora_A"].shape[0] != rank:
+        raise DataError(f"{folder}: {path!r} has rank {leaves['lora_A'].shape[0]}; {CONFIG} says {rank}")
+    return lora.scaling(int(rank), alpha, bool(values.get("use_rslora")))
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, path: str, otherwise: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return otherwise
