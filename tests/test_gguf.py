@@ -22,6 +22,7 @@ from functional_lm.interop import gguf as ours
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.transformer import forward
 from functional_lm.text import tokenizer as tokenizers
+from functional_lm.text.subword import SentencePieceTokenizer
 from functional_lm.text.tokenizer import Tokenizer
 from functional_lm.tree import Tree
 
@@ -283,3 +284,23 @@ def test_llama_cpp_cuts_text_into_the_same_ids(kind: str, tmp_path: Path) -> Non
         assert model.tokenize(text.encode(), add_bos=False, special=False) == words.encode(text), text
         assert model.detokenize(words.encode(text)) == text.encode()
     assert model.tokenize(b"<|endoftext|>", add_bos=False, special=True) == [words.eos_id]
+
+
+def test_llama_cpp_cuts_text_into_pieces_as_likely_as_those_of_unigram(tmp_path: Path) -> None:
+    """Ties may be cut the other way; characters without a piece become the unknown token."""
+    code = Path(ours.__file__).read_text(encoding="utf-8")
+    words = tokenizers.train([code], "unigram", vocab_size=500)
+    save(tmp_path / "model", words)
+    assert "has no bytes for characters outside" in ours.export(tmp_path / "model", tmp_path / "out.gguf", "f32")
+    model = opened(tmp_path / "out.gguf", vocab_only=True)
+    assert isinstance(words, SentencePieceTokenizer)
+    scores = [piece.score for piece in words.pieces()]
+
+    def likelihood(ids: list[int]) -> float:
+        return sum(scores[i] for i in ids)
+
+    for text in code.splitlines(keepends=True):
+        theirs, mine = model.tokenize(text.encode(), add_bos=False, special=False), words.encode(text)
+        assert words.decode(theirs) == text
+        assert likelihood(theirs) == pytest.approx(likelihood(mine), rel=1e-4)
+    assert words.unk_id in model.tokenize("漢".encode(), add_bos=False, special=False)

@@ -85,8 +85,14 @@ def export(source: str | Path, out: str | Path, kind: str = "f16") -> str:
     else:
         with files.writing_folder(out) as folder:
             write(folder / FILE)
-    spoken = "" if isinstance(found.tokenizer, SentencePieceTokenizer) else ", without a tokenizer: it takes token ids"
-    return f"GGUF {architecture} of {kind}{spoken}"
+    return f"GGUF {architecture} of {kind}{_spoken(found.tokenizer)}"
+
+
+def _spoken(tokenizer: Tokenizer) -> str:
+    """What is to be known of the tokenizer in the file."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return ", without a tokenizer: it takes token ids"
+    return ", whose tokenizer has no bytes for characters outside its vocabulary" if tokenizer.unigram else ""
 
 
 def _package() -> Any:
@@ -199,8 +205,9 @@ def _describe(writer: Any, package: Any, config: ModelConfig, kind: str, source:
 def _tokens(writer: Any, package: Any, tokenizer: Tokenizer, size: int, source: Path) -> None:
     """The vocabulary: SentencePiece's pieces, scores and kinds as they are; ids that no piece has are unused.
 
-    llama.cpp merges the neighbours whose piece has the highest score, as SentencePiece's BPE does; a unigram model's
-    text it cuts otherwise than SentencePiece. A tokenizer of another kind is left out.
+    Under the name "llama" it merges the neighbours whose piece has the highest score, as SentencePiece's BPE does;
+    under "t5" it looks for the likeliest pieces, as unigram does but for ties, and has no bytes for a character that
+    the vocabulary lacks. A literal U+2581 is a space to it. A tokenizer of another kind is left out.
     """
     if not isinstance(tokenizer, SentencePieceTokenizer):
         writer.add_tokenizer_model("no_vocab")
@@ -208,7 +215,7 @@ def _tokens(writer: Any, package: Any, tokenizer: Tokenizer, size: int, source: 
     pieces = tokenizer.pieces()
     missing = range(len(pieces), size)
     unused = int(package.TokenType.UNUSED)
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model("t5" if tokenizer.unigram else "llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([piece.text.encode() for piece in pieces] + [f"[unused{i}]".encode() for i in missing])
     writer.add_token_scores([piece.score for piece in pieces] + [-1e4 for _ in missing])
@@ -222,6 +229,7 @@ def _tokens(writer: Any, package: Any, tokenizer: Tokenizer, size: int, source: 
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(bool(tokenizer.prefix))
+    writer.add_remove_extra_whitespaces(False)
     if template := chat_template(source):
         writer.add_chat_template(template)
 

@@ -163,6 +163,12 @@ class SentencePieceTokenizer(Table):
             raise DataError("this SentencePiece model has neither bos nor eos; one must delimit documents")
         return (bos if bos >= 0 else eos), (eos if eos >= 0 else bos)
 
+    @property
+    def unigram(self) -> bool:
+        """Whether a text is cut into the likeliest pieces; otherwise neighbours are merged."""
+        spec = _proto(self._model).trainer_spec
+        return bool(spec.model_type == spec.UNIGRAM)
+
     def pieces(self) -> list[Piece]:
         """Every piece by id, as the model holds it."""
         return [Piece(piece.piece, piece.score, piece.type) for piece in _proto(self._model).pieces]
@@ -180,7 +186,7 @@ class SentencePieceTokenizer(Table):
         ]
         scores = [piece.score if normal else None for piece, normal in zip(proto.pieces, is_text, strict=True)]
         ranked = sorted((i for i, normal in enumerate(is_text) if normal), key=lambda i: -proto.pieces[i].score)
-        if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
+        if self.unigram:
             model = tokenizer_json.unigram(pieces, scores.__getitem__, self.unk_id)
         else:
             model = tokenizer_json.bpe(pieces, [pieces[i] for i in ranked], pieces[self.unk_id])
