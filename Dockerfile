@@ -1,5 +1,6 @@
 # docker build -t functional_lm .
 # docker run --rm -v "$PWD/runs:/work/runs" functional_lm pretrain --out runs/train
+# docker run --rm -v "$PWD/runs:/work/runs" -p 8000:8000 functional_lm api --model runs/train --host 0.0.0.0
 FROM python:3.12-slim
 
 # Inductor, torch's compiler, writes C++ and needs g++; the image's Python brings its own headers.
@@ -8,7 +9,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 WORKDIR /opt/functional_lm
 COPY pyproject.toml setup.cfg constraints.txt README.md LICENSE ./
 COPY functional_lm ./functional_lm
-RUN pip install --no-cache-dir -c constraints.txt .
+RUN pip install --no-cache-dir -c constraints.txt ".[serve]"
 
 RUN useradd --create-home user && mkdir -p /work/runs && chown -R user /work
 USER user

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import architecture, chat, finetune, generate, interchange, prepare, train
+from functional_lm import architecture, chat, finetune, generate, interchange, prepare, serve, train
 from functional_lm.cli import main
 
 COMMANDS = (
@@ -20,6 +20,7 @@ COMMANDS = (
     chat.COMMAND,
     interchange.IMPORT,
     interchange.EXPORT,
+    serve.COMMAND,
 )
 
 if __name__ == "__main__":

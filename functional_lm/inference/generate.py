@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from functional_lm import keys
+from functional_lm import keys, tree
 from functional_lm.compile import compiled
 from functional_lm.inference import cache as kv
-from functional_lm.inference.sampling import Sampling, sample
+from functional_lm.inference.sampling import Penalties, Sampling, sample
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.transformer import forward_cached, hidden, project_logits
 from functional_lm.tree import Tree
@@ -33,7 +33,8 @@ class Slots(NamedTuple):
     """What the running sequences know besides the cache. A pytree.
 
     `tokens` [S] are the last ones, not yet in the cache; they stand at `positions` [S]. `drawn` [S] counts the tokens
-    that the sequence has drawn so far, and selects the draw of the next.
+    that the sequence has drawn so far, and selects the draw of the next. Without `penalties` there are none; with
+    `adapters` [S] each names the entry of a bank that its slot goes through (`lora.select`).
     """
 
     tokens: Int[Tensor, "S"]
@@ -41,6 +42,26 @@ class Slots(NamedTuple):
     drawn: Int[Tensor, "S"]
     keys: Int[Tensor, "S 2"]
     sampling: Sampling
+    penalties: Penalties | tuple[()] = ()
+    adapters: Int[Tensor, "S"] | tuple[()] = ()
+
+
+class Scores(NamedTuple):
+    """Natural log-likelihoods under the model itself, before temperature and penalties. N rows, the K likeliest."""
+
+    chosen: Float[Tensor, "N"]
+    values: Float[Tensor, "N K"]
+    ids: Int[Tensor, "N K"]
+
+
+ALTERNATIVES = 20  # K, or V if that is less
+
+
+def score(logits: Float[Tensor, "N V"], tokens: Int[Tensor, "N"]) -> Scores:
+    """How likely each row's token was, and which ones were likeliest."""
+    likely = torch.log_softmax(logits.float(), -1)
+    values, ids = likely.topk(min(ALTERNATIVES, likely.shape[-1]), -1)
+    return Scores(likely.gather(-1, tokens[:, None])[:, 0], values, ids)
 
 
 def prefill(
@@ -55,26 +76,94 @@ def prefill(
 
     Columns after `last` are padding: the rows they write are hidden by causality until real tokens replace them.
     """
+    written, x = _read(params, cache, tokens, positions, config)
+    return written, project_logits(params, x[torch.arange(x.shape[0], device=x.device), last], config)
+
+
+def prefill_slot(
+    params: Tree,
+    cache: Tree,
+    tokens: Int[Tensor, "1 T"],
+    slot: Int[Tensor, "1"],
+    position: Int[Tensor, "1"],
+    last: Int[Tensor, "1"],
+    config: ModelConfig,
+) -> tuple[Tree, Float[Tensor, "1 V"]]:
+    """`prefill` of one slot of a cache that others use meanwhile: only its rows from `position` on are written."""
+    cache, x = _read_slot(params, cache, tokens, slot, position, config)
+    return cache, project_logits(params, x[0, last], config)
+
+
+def prefill_scored(
+    params: Tree,
+    cache: Tree,
+    tokens: Int[Tensor, "1 T"],
+    following: Int[Tensor, "T"],
+    slot: Int[Tensor, "1"],
+    position: Int[Tensor, "1"],
+    last: Int[Tensor, "1"],
+    config: ModelConfig,
+) -> tuple[Tree, tuple[Float[Tensor, "1 V"], Scores]]:
+    """`prefill_slot`, and how likely the token `following` each of these was."""
+    cache, x = _read_slot(params, cache, tokens, slot, position, config)
+    logits = project_logits(params, x[0], config)
+    return cache, (logits[last], score(logits, following))
+
+
+def _read(
+    params: Tree, cache: Tree, tokens: Int[Tensor, "S T"], positions: Int[Tensor, "S"], config: ModelConfig
+) -> tuple[Tree, Float[Tensor, "S T D"]]:
     at = positions[:, None] + torch.arange(tokens.shape[-1], device=tokens.device)
     x, written = hidden(params, tokens, config, cache=cache, positions=at)
     assert written is not None
-    return written, project_logits(params, x[torch.arange(x.shape[0], device=x.device), last], config)
+    return written, x
+
+
+def _read_slot(
+    params: Tree, cache: Tree, tokens: Tensor, slot: Tensor, position: Tensor, config: ModelConfig
+) -> tuple[Tree, Float[Tensor, "1 T D"]]:
+    own, x = _read(params, tree.map(lambda rows: rows.index_select(0, slot), cache), tokens, position, config)
+    at = position + torch.arange(tokens.shape[-1], device=tokens.device)
+
+    def put(rows: Tensor, new: Tensor) -> Tensor:
+        head = torch.arange(rows.shape[1], device=rows.device)[:, None]
+        return rows.index_put((slot[:, None], head, at[None, :]), new[0].index_select(-2, at))
+
+    return tree.map(put, cache, own), x
 
 
 def choose(logits: Float[Tensor, "S V"], slots: Slots, truncating: bool) -> Int[Tensor, "S"]:
     """The next token of each slot."""
-    return sample(logits, torch.vmap(keys.fold_in)(slots.keys, slots.drawn), slots.sampling, truncating)
+    drawn = torch.vmap(keys.fold_in)(slots.keys, slots.drawn)
+    return sample(logits, drawn, slots.sampling, truncating, slots.penalties or None)
 
 
 def decode_step(
     state: tuple[Tree, Slots], params: Tree, config: ModelConfig, truncating: bool = True
 ) -> tuple[tuple[Tree, Slots], Int[Tensor, "S"]]:
     """One more token for every slot: `((cache, slots), params) -> ((cache, slots), tokens)`, sampling inside."""
+    state, tokens, _ = _decode(state, params, config, truncating)
+    return state, tokens
+
+
+def decode_scored(
+    state: tuple[Tree, Slots], params: Tree, config: ModelConfig, truncating: bool = True
+) -> tuple[tuple[Tree, Slots], tuple[Int[Tensor, "S"], Scores]]:
+    """`decode_step`, and how likely the tokens were."""
+    state, tokens, logits = _decode(state, params, config, truncating)
+    return state, (tokens, score(logits, tokens))
+
+
+def _decode(
+    state: tuple[Tree, Slots], params: Tree, config: ModelConfig, truncating: bool
+) -> tuple[tuple[Tree, Slots], Int[Tensor, "S"], Float[Tensor, "S V"]]:
     cache, slots = state
     cache, logits = forward_cached(params, cache, slots.tokens[:, None], slots.positions, config)
     tokens = choose(logits[:, -1], slots, truncating)
     slots = slots._replace(tokens=tokens, positions=slots.positions + 1, drawn=slots.drawn + 1)
-    return (cache, slots), tokens
+    if slots.penalties:
+        slots = slots._replace(penalties=slots.penalties.counted(tokens))
+    return (cache, slots), tokens, logits[:, -1]
 
 
 # The loop ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from functional_lm import keys
@@ -41,6 +41,46 @@ class Sampling(NamedTuple):
         )
 
 
+class Penalties(NamedTuple):
+    """What each slot holds against tokens, and what it has seen of them. A pytree.
+
+    1 (repetition) and 0 (the others) are off. `prompted` and `counts` say which tokens stand in the prompt and how
+    often each has been generated.
+    """
+
+    min_p: Float[Tensor, "S"]
+    repetition: Float[Tensor, "S"]
+    presence: Float[Tensor, "S"]
+    frequency: Float[Tensor, "S"]
+    bias: Float[Tensor, "S V"]
+    prompted: Bool[Tensor, "S V"]
+    counts: Int[Tensor, "S V"]
+
+    @classmethod
+    def none(cls, slots: int, vocab_size: int, device: str | torch.device = "cpu") -> Penalties:
+        """All off, nothing seen."""
+        zeros = torch.zeros(slots, device=device)
+        table = torch.zeros(slots, vocab_size, device=device)
+        return cls(zeros, zeros + 1, zeros.clone(), zeros.clone(), table, table.bool(), table.to(torch.int64))
+
+    def counted(self, tokens: Int[Tensor, "S"]) -> Penalties:
+        """With one more generated token in each slot."""
+        slot = torch.arange(tokens.shape[0], device=tokens.device)
+        return self._replace(counts=self.counts.index_put((slot, tokens), torch.ones_like(tokens), accumulate=True))
+
+
+def penalize(logits: Float[Tensor, "S V"], by: Penalties) -> Float[Tensor, "S V"]:
+    """Logits of seen tokens made smaller.
+
+    Repetition (arXiv 1909.05858, section 4.1, prompt included): positive logits are divided by it, others multiplied.
+    Then, as OpenAI's interface defines them over generated tokens, minus presence where there is one, minus frequency
+    times their number, plus the bias.
+    """
+    weaker = torch.where(logits > 0, logits / by.repetition[:, None], logits * by.repetition[:, None])
+    logits = torch.where(by.prompted | (by.counts > 0), weaker, logits)
+    return logits - by.frequency[:, None] * by.counts - by.presence[:, None] * (by.counts > 0) + by.bias
+
+
 def truncate(logits: Float[Tensor, "S V"], top_k: Int[Tensor, "S"], top_p: Float[Tensor, "S"]) -> Float[Tensor, "S V"]:
     """-inf for all but the `top_k` largest (0: all) and, of those, the smallest set of mass at least `top_p`.
 
@@ -59,17 +99,26 @@ def truncate(logits: Float[Tensor, "S V"], top_k: Int[Tensor, "S"], top_p: Float
 
 
 def sample(
-    logits: Float[Tensor, "S V"], row_keys: Int[Tensor, "S 2"], how: Sampling, truncating: bool = True
+    logits: Float[Tensor, "S V"],
+    row_keys: Int[Tensor, "S 2"],
+    how: Sampling,
+    truncating: bool = True,
+    penalties: Penalties | None = None,
 ) -> Int[Tensor, "S"]:
     """One token a row: the largest where the temperature is 0, else drawn with the Gumbel-max trick from the row's key.
 
-    `truncating` (static) says whether any row uses top_k or top_p; sorting V numbers is most of the cost.
+    `truncating` (static) says whether any row uses top_k or top_p; sorting V numbers is most of the cost. min_p (arXiv
+    2407.01082) keeps tokens at least so likely, as a share of the likeliest, after the temperature.
     """
     logits = logits.float()
+    if penalties is not None:
+        logits = penalize(logits, penalties)
     greedy = logits.argmax(-1)
     heat = torch.where(how.temperature > 0, how.temperature, 1.0)[:, None]
     scaled = (logits - logits.amax(-1, keepdim=True)) / heat  # the largest at 0, so that no temperature overflows it
     if truncating:
         scaled = truncate(scaled, how.top_k, how.top_p)
+    if penalties is not None:
+        scaled = scaled.masked_fill(scaled < penalties.min_p.log()[:, None], -math.inf)
     drawn = torch.vmap(keys.categorical)(row_keys, scaled)
     return torch.where(how.temperature > 0, drawn, greedy)

@@ -230,6 +230,11 @@ def stack(params: Tree, adapters: Sequence[Tree]) -> Tree:
     return tree.unflatten(flat)
 
 
+def entries(bank: Tree) -> int:
+    """How many adapters a bank holds beside the entry that changes nothing."""
+    return next(leaf.shape[0] for name, leaf in tree.flatten(bank).items() if name.endswith("lora_scale")) - 1
+
+
 def select(bank: Tree, index: Int[Tensor, "B"]) -> Tree:
     """The bank with an entry for each row of a batch; `attach` it."""
     flat = tree.flatten(bank)

@@ -1,0 +1,1 @@
+"""The server: OpenAI-style routes around the engine."""
