@@ -18,7 +18,7 @@ train: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
-test-all: $(VENV)/installed-dev
+test-all: $(VENV)/installed-llama
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/installed-dev
@@ -41,6 +41,12 @@ $(VENV)/installed: setup.cfg constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# llama.cpp is compiled, which takes some 8 minutes; where it cannot be, the tests that ask it are skipped.
+$(VENV)/installed-llama: $(VENV)/installed-dev
+	-CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF" \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	touch $@
 
 clean:

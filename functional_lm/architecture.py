@@ -6,6 +6,7 @@ Nothing here imports torch: a folder's weights are described by the header of th
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,18 +113,18 @@ def _chosen(options: InspectFlags, overrides: dict[str, Any]) -> tuple[ModelConf
 def _weights(path: Path, config: ModelConfig) -> str:
     """A line on the weights, from the file's header. Raises DataError where they are not those of the config."""
     header = files.safetensors_header(path)
-    found, described = sum(map(_numbers, header.values())), account.parameters(config)
+    found, described = sum(_numbers(name, entry) for name, entry in header.items()), account.parameters(config)
     if found != described:
         raise DataError(f"{path} holds {found:,} parameters; its config.json describes {described:,}")
     formats = sorted({str(entry["dtype"]) for entry in header.values()})
     return f"  {path.name}: {len(header)} tensors, {', '.join(formats)}, {console.size(path.stat().st_size)}"
 
 
-def _numbers(entry: Mapping[str, Any]) -> int:
-    count = 1
-    for extent in entry["shape"]:
-        count *= extent
-    return count
+def _numbers(name: str, entry: Mapping[str, Any]) -> int:
+    """How many parameters a tensor stands for: of 4 bits two to a byte, of a quantised one's grids none."""
+    if name.endswith((".scales", ".zeros")):
+        return 0
+    return math.prod(entry["shape"]) * (2 if entry["dtype"] == "U8" else 1)
 
 
 def _fields(config: ModelConfig) -> list[tuple[str, str]]:

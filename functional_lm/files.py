@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from functional_lm.errors import DataError
+from functional_lm.errors import DataError, UsageError
 
 if sys.platform != "win32":
     import fcntl
@@ -68,6 +68,13 @@ def writing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         remove(temporary)
         raise
+
+
+def refuse_existing(out: str | Path) -> None:
+    """Raise UsageError unless there is nothing at `out`, or an empty folder."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out} exists; remove it or choose another place")
 
 
 @contextmanager

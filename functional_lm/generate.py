@@ -61,17 +61,17 @@ def opened(options: GenerateFlags | ChatFlags) -> Opened:
     from functional_lm import folder
     from functional_lm.interop.peft import load_adapter
     from functional_lm.model import lora
-    from functional_lm.model.compute import compute_copy
+    from functional_lm.model.compute import decoding_copy
 
     device = compiling.resolve_device(options.device)
     dtype = compiling.resolve_dtype(options.dtype, device)
-    params, config, tokenizer = folder.load(options.model, device)
+    params, config, tokenizer = folder.load(options.model, device, quantized=options.adapter is None)
     if options.adapter is not None:
         params = lora.merge(params, load_adapter(options.adapter, params, options.any_base, device))
     obstacle = compiling.obstacle(device) if options.compile else None
     if obstacle:
         console.note(f"running without compilation: {obstacle}")
-    return Opened(compute_copy(params, dtype), config, tokenizer, options.compile and obstacle is None)
+    return Opened(decoding_copy(params, dtype), config, tokenizer, options.compile and obstacle is None)
 
 
 def run(options: GenerateFlags) -> int:

@@ -23,6 +23,7 @@ from functional_lm.compile import compiled
 from functional_lm.inference import cache as kv
 from functional_lm.inference.sampling import Penalties, Sampling, sample
 from functional_lm.model.config import ModelConfig
+from functional_lm.model.linear import precision
 from functional_lm.model.transformer import forward_cached, hidden, project_logits
 from functional_lm.tree import Tree
 
@@ -237,7 +238,7 @@ def generate(params: Tree, prompt: list[int], run: Decoder, options: GenerateOpt
         raise ValueError("generation needs at least one token to go on from")
     if options.truncates and not run.truncating:
         raise ValueError("top_k and top_p need a decoder made with truncating=True")
-    device = params["model"]["embed_tokens"]["weight"].device
+    device = tree.leaves(params["model"]["embed_tokens"])[0].device
     longest = run.config.max_len
     text = list(prompt[-longest:])
     cache, logits = read(params, text, run, device)
@@ -290,8 +291,7 @@ def read(params: Tree, tokens: list[int], run: Decoder, device: torch.device) ->
     """A fresh cache of one slot that holds `tokens`, and the logits behind them; chunk by chunk, one shape."""
     chunk = min(CHUNK, run.config.max_len)
     rows = -(-run.config.max_len // chunk) * chunk
-    weight = params["model"]["embed_tokens"]["weight"]
-    cache = kv.init(run.config, 1, rows, weight.dtype, device)
+    cache = kv.init(run.config, 1, rows, precision(params["model"]["embed_tokens"]), device)
     logits = None
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functional_lm import files, folder, tree
-from functional_lm.errors import DataError, UsageError
+from functional_lm.errors import DataError
 from functional_lm.folder import Model
 from functional_lm.interop.layouts import Layout, canonical, layouts
 from functional_lm.interop.stored import Stored, catalogue
@@ -50,7 +50,7 @@ def import_folder(source: str | Path, out: str | Path) -> ModelConfig:
 
     Memory holds one tensor at a time. Raises what `load_folder` raises, and UsageError if `out` exists.
     """
-    _refuse_existing(out)
+    files.refuse_existing(out)
     found = examine(source)
     with files.writing_folder(out) as temporary:
         tree.save_each(temporary / "model.safetensors", found.described, found.read)
@@ -63,7 +63,7 @@ def export(source: str | Path, out: str | Path, family: str | None = None) -> st
 
     By default it is the first family that computes the same function. Raises DataError if there is none, or not this.
     """
-    _refuse_existing(out)
+    files.refuse_existing(out)
     found = examine(source)
     name = family or fitting(found.config)
     if reason := misfit(found.config, name):
@@ -103,6 +103,8 @@ def examine(path: str | Path) -> Foreign:
     if not path.is_dir():
         raise DataError(f"no model folder at {path}")
     values = read_object(path / "config.json")
+    if folder.QUANTIZATION in values:
+        raise DataError(f"the weights in {path} are quantised; give the model that they were made from")
     config, family = from_hugging_face(values, str(path / "config.json")), str(values["model_type"])
     stored = catalogue(path)
     names = canonical(list(stored), family)
@@ -162,9 +164,3 @@ def _check_tied(embedding: Tensor, stored: dict[str, Stored]) -> None:
 
 def _dtype(described: dict[str, Tensor]) -> torch.dtype:
     return next(iter(described.values())).dtype
-
-
-def _refuse_existing(out: str | Path) -> None:
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"{out} exists; remove it or choose another place")

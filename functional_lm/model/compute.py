@@ -9,19 +9,25 @@ from __future__ import annotations
 import torch
 
 from functional_lm import tree
+from functional_lm.model import packed, quantize
 from functional_lm.tree import Tree
 
 FUSIONS = {
     "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
 }
-FUSED = frozenset({"weight", "bias"})
+FUSED = frozenset({"weight", "bias", *packed.LEAVES})
 ADDED = frozenset({"lora_A", "lora_B", "lora_scale", "lora_dropout", "lora_key", "lora_index"})
 
 
 def compute_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
     """Matrices in `dtype`, vectors (norms, biases) as they are, q/k/v and gate/up as one leaf each."""
-    params = tree.map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() and leaf.dim() > 1 else leaf, params)
+
+    def cast(name: str, leaf: torch.Tensor) -> torch.Tensor:
+        matrix = leaf.dim() > 1 or name.endswith(".scales")
+        return leaf.to(dtype) if leaf.is_floating_point() and matrix else leaf
+
+    params = tree.map_named(cast, params)
     if not fuse:
         return params
     layers = {
@@ -29,6 +35,11 @@ def compute_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
         for name, layer in params["model"]["layers"].items()
     }
     return {**params, "model": {**params["model"], "layers": layers}}
+
+
+def decoding_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
+    """`compute_copy` for products of few rows, without gradients: quantised matrices as the device's kernels want."""
+    return quantize.each(compute_copy(params, dtype, fuse), lambda child: packed.for_decoding(child, dtype))
 
 
 def freeze(params: Tree, trained: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
@@ -44,10 +55,12 @@ def freeze(params: Tree, trained: Tree, dtype: torch.dtype, fuse: bool = True) -
 def fused(params: Tree, name: str, parts: tuple[str, ...]) -> Tree:
     """`parts` stacked along their outputs under `name`, where all of them are there and are products of a weight.
 
-    Adapters stay under the names of their parts, where `linear.adapted` finds them. Magnitudes (DoRA) and packed
-    weights keep the products apart: what the leaves are decides.
+    Quantised ones are too, since their grids lie along the inputs. Adapters stay under the names of their parts, where
+    `linear.adapted` finds them. Magnitudes (DoRA) keep the products apart: what the leaves are decides.
     """
-    if not all("weight" in params.get(part, {}) and params[part].keys() <= FUSED | ADDED for part in parts):
+    if not all(
+        params.get(part, {}).keys() & {"weight", "qweight"} and params[part].keys() <= FUSED | ADDED for part in parts
+    ):
         return params
     leaves = params[parts[0]].keys() & FUSED
     if any(params[part].keys() & FUSED != leaves for part in parts):

@@ -1,6 +1,7 @@
 """Matrix products that look at the leaves they are handed.
 
-A projection is a subtree: `weight [out, in]` (and `bias [out]`), with or without an adapter beside it:
+A projection is a subtree: `weight [out, in]`, or the leaves of a quantised matrix (`packed.py`), and `bias [out]`, with
+or without an adapter beside it:
 
     lora_A [R, in], lora_B [out, R], lora_scale []     a low-rank delta (an adapter, or one population member's noise)
     lora_magnitude [out]                               DoRA: the length of each row of the adapted weight
@@ -22,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from functional_lm import keys
+from functional_lm.model import packed
 from functional_lm.tree import Tree
 
 
@@ -34,7 +36,7 @@ def linear(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]
     gain = row_gain(params)
     if gain is None:
         return adapted([params], [base(params, x)], x)[0]
-    y = F.linear(x, params["weight"].to(x.dtype))
+    y = base({name: leaf for name, leaf in params.items() if name != "bias"}, x)
     y = gain.to(y.dtype) * (y + delta(params, x).to(y.dtype))
     return y + params["bias"].to(y.dtype) if "bias" in params else y
 
@@ -42,7 +44,16 @@ def linear(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]
 def base(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
     """The product by the weight's format."""
     bias = params.get("bias")
+    if packed.is_quantized(params):
+        y = packed.product(params, x)
+        return y if bias is None else y + bias.to(x.dtype)
     return F.linear(x, params["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def precision(params: Tree) -> torch.dtype:
+    """The dtype in which a matrix gives its numbers: of an embedding, that of the residual stream."""
+    dtype: torch.dtype = params["scales" if packed.is_quantized(params) else "weight"].dtype
+    return dtype
 
 
 def adapted(params: Sequence[Tree], products: Sequence[Tensor], x: Float[Tensor, "... in"]) -> list[Tensor]:
@@ -102,7 +113,8 @@ def row_gain(params: Tree) -> Tensor | None:
 
 def row_norm(params: Tree) -> Float[Tensor, "out"]:
     """The Euclidean length of each row of W + scale B A, float32."""
-    return (params["weight"].float() + product(params)).norm(dim=-1)
+    weight = packed.dequantize(params) if packed.is_quantized(params) else params["weight"].float()
+    return (weight + product(params)).norm(dim=-1)
 
 
 def product(params: Tree) -> Float[Tensor, "out in"]:
@@ -124,7 +136,7 @@ def embed(params: Tree, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
 
     For an embedding the matrix is used transposed ([in=V] -> [out=D]), so `lora_A [R, V]`, `lora_B [D, R]`.
     """
-    x = F.embedding(tokens, params["weight"])
+    x = packed.rows(params, tokens) if packed.is_quantized(params) else F.embedding(tokens, params["weight"])
     if "lora_index" in params:
         _, b, scale = chosen(params)
         row = params["lora_index"].reshape(-1, *[1] * (tokens.dim() - 1))
@@ -138,7 +150,7 @@ def embed(params: Tree, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
 
 def unembed(params: Tree, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     """The output product of tied embeddings: the transposed use of the leaves of `embed`."""
-    y = F.linear(x, params["weight"].to(x.dtype))
+    y = base(params, x)
     if "lora_index" in params:
         a, b, scale = chosen(params)
         rows = x.reshape(x.shape[0], -1, x.shape[-1])

@@ -217,7 +217,7 @@ def hidden(
         if documents is not None and config.positions in ("learned", "sinusoidal"):
             positions = restart(documents)
     longest = tokens.shape[-1] if cache is None else cache["0"]["k"].shape[-2]
-    context = _context(config, positions, longest, documents, cached=cache is not None)
+    context = shared(config, positions, longest, documents, cached=cache is not None)
 
     x = embed(model["embed_tokens"], tokens)
     if config.positions == "learned":
@@ -249,13 +249,14 @@ def _within(positions: Int[Tensor, "*T"], config: ModelConfig, cached: bool) -> 
     return positions
 
 
-def _context(
+def shared(
     config: ModelConfig,
     positions: Int[Tensor, "*#B T"],
     longest: int,
     documents: Int[Tensor, "*#B T"] | None,
     cached: bool,
 ) -> Context:
+    """What all layers of one forward read: rotation, mask, rows of the cache."""
     turned = None
     if config.positions == "rope":
         turned = rotation(config, positions, longest) if cached else rotary_table(config, longest, positions.device)

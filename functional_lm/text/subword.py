@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,14 @@ LOSSLESS: dict[str, Any] = {
     "allow_whitespace_only_pieces": True,
     "num_threads": 1,
 }
+
+
+class Piece(NamedTuple):
+    """An entry of a SentencePiece vocabulary, spaces as U+2581."""
+
+    text: str
+    score: float  # of BPE the higher, the earlier it is merged; of unigram its log-probability
+    kind: int  # 1 text, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
 
 
 class SentencePieceTokenizer(Table):
@@ -154,6 +162,10 @@ class SentencePieceTokenizer(Table):
         if max(bos, eos) < 0:
             raise DataError("this SentencePiece model has neither bos nor eos; one must delimit documents")
         return (bos if bos >= 0 else eos), (eos if eos >= 0 else bos)
+
+    def pieces(self) -> list[Piece]:
+        """Every piece by id, as the model holds it."""
+        return [Piece(piece.piece, piece.score, piece.type) for piece in _proto(self._model).pieces]
 
     def _hugging_face(self) -> dict[str, Any] | None:
         """`tokenizer.json`; None for a model with kinds of pieces that it has no place for."""

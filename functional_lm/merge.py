@@ -1,0 +1,163 @@
+"""`python -m functional_lm merge`: several models of one architecture into one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from functional_lm import console, files
+from functional_lm.cli import Command
+from functional_lm.errors import DataError, UsageError
+from functional_lm.options import REQUIRED, option
+
+if TYPE_CHECKING:
+    from functional_lm.folder import Model
+    from functional_lm.model.merge import Weights
+    from functional_lm.tree import Tree
+
+METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare")
+FROM_BASE = ("task_arithmetic", "ties", "dare")
+THINNED = {"ties": 0.2, "dare": 0.5}  # density where none is given: the first is the paper's
+# What models may differ in and still be merged: fields that no weight depends on.
+FREE = ("attention", "checkpoint_activations", "dropout", "initializer_range")
+
+
+@dataclass(frozen=True)
+class MergeFlags:
+    """Flags of `merge`."""
+
+    models: tuple[str, ...] = option(REQUIRED, "model folders", metavar="DIR,DIR,...")
+    out: str = option(REQUIRED, "model folder to write", aliases=("output_dir",))
+    method: str = option("linear", "linear: weighted mean; slerp: on the arc; others: differences", choices=METHODS)
+    weights: tuple[float, ...] | None = option(
+        None, "a number for each model; equal shares if not given, 1 each of differences"
+    )
+    layer_weights: str | None = option(
+        None, "other weights for leaves whose names match", metavar="'PATTERN=W,W;PATTERN=W,W'"
+    )
+    base: str | None = option(None, "model folder that the models came from, for differences")
+    density: float | None = option(
+        None, "share of each difference that is kept; 0.2 of ties, 0.5 of dare", above=0, high=1
+    )
+    seed: int = option(0, "seed of dare's draws", low=0)
+
+
+def run(options: MergeFlags) -> int:
+    given = _weights(options)
+    patterns = _patterns(options)
+    _check(options)
+    files.refuse_existing(options.out)
+
+    from functional_lm import folder, tree
+
+    paths = [*options.models, *([options.base] if options.base else [])]
+    found = [folder.load(path) for path in paths]
+    for path, model in zip(paths[1:], found[1:]):
+        _check_alike(paths[0], found[0], path, model)
+    names = list(tree.flatten(found[0].params))
+    for pattern in patterns:
+        if not any(map(tree.matcher(pattern), names)):
+            raise UsageError(f"--layer_weights: {pattern!r} matches no leaf, such as {names[0]!r}")
+    merged = merge(options, [model.params for model in found], {"*": given, **patterns})
+    for name, leaf in tree.flatten(merged).items():
+        if not leaf.isfinite().all():
+            raise DataError(f"the merged {name!r} holds NaN or infinite numbers; check the models and the weights")
+    with files.writing_folder(options.out) as temporary:
+        folder.save(temporary, merged, found[0].config, found[0].tokenizer)
+        files.write_json(temporary / "merge.json", dataclasses.asdict(options))
+    if options.method == "linear" and abs(sum(given) - 1) > 1e-6:
+        console.note(f"the weights sum to {sum(given):g}: the model is that many times as large as a mean")
+    many = f"{len(options.models)} models" if len(options.models) > 1 else "one model"
+    console.say(f"the model is in {options.out}: {many} by {options.method}")
+    return 0
+
+
+def merge(options: MergeFlags, params: list[Tree], weights: dict[str, tuple[float, ...]]) -> Tree:
+    """The trees by the method of the flags; the last one is the base where there is one."""
+    import torch
+
+    from functional_lm import keys
+    from functional_lm.model import merge as arithmetic
+
+    w: Weights = {pattern: torch.tensor(values) for pattern, values in weights.items()}
+    if options.method == "linear":
+        return arithmetic.linear(params, w)
+    if options.method == "slerp":
+        return arithmetic.slerp(params[0], params[1], w)
+    *models, base = params
+    if options.method == "task_arithmetic":
+        return arithmetic.task_arithmetic(base, models, w)
+    density = THINNED[options.method] if options.density is None else options.density
+    if options.method == "ties":
+        return arithmetic.ties(base, models, w, density)
+    return arithmetic.dare(base, models, w, keys.key(options.seed), density)
+
+
+# What is asked for, held against itself and the models ------------------------------------------------------------
+
+
+def _weights(options: MergeFlags) -> tuple[float, ...]:
+    count = len(options.models)
+    if options.weights is None:
+        return (1.0,) * count if options.method in FROM_BASE else (1 / count,) * count
+    return _right(options, options.weights, "--weights")
+
+
+def _patterns(options: MergeFlags) -> dict[str, tuple[float, ...]]:
+    """`a=1,0;b=0,1` as numbers by pattern. Raises UsageError."""
+    found: dict[str, tuple[float, ...]] = {}
+    for part in (options.layer_weights or "").split(";"):
+        pattern, equals, text = part.strip().partition("=")
+        if not pattern and not equals:
+            continue
+        try:
+            values = tuple(float(word) for word in text.split(","))
+        except ValueError:
+            raise UsageError(f"--layer_weights: {part!r} is not PATTERN=NUMBER,NUMBER,...") from None
+        found[pattern.strip()] = _right(options, values, f"--layer_weights {pattern}")
+    return found
+
+
+def _right(options: MergeFlags, values: tuple[float, ...], where: str) -> tuple[float, ...]:
+    if len(values) != len(options.models):
+        raise UsageError(f"{where} has {len(values)} numbers for {len(options.models)} models; give one for each")
+    if not all(abs(value) < float("inf") for value in values):
+        raise UsageError(f"{where} is {','.join(map(str, values))}; weights are finite numbers")
+    if options.method == "slerp" and (min(values) < 0 or sum(values) <= 0):
+        raise UsageError(f"{where} is {','.join(map(str, values))}; places on an arc are at least 0, and not all 0")
+    return values
+
+
+def _check(options: MergeFlags) -> None:
+    if options.method in FROM_BASE and options.base is None:
+        raise UsageError(f"--method {options.method} needs --base, the model that the others came from")
+    if options.method not in FROM_BASE and options.base is not None:
+        raise UsageError(f"--method {options.method} has no --base; {', '.join(FROM_BASE)} have one")
+    if options.density is not None and options.method not in THINNED:
+        raise UsageError(f"--method {options.method} has no --density; {' and '.join(THINNED)} have one")
+    least = 1 if options.method in FROM_BASE else 2
+    if len(options.models) < least or (options.method == "slerp" and len(options.models) != 2):
+        word = "two" if options.method == "slerp" else f"at least {least}"
+        raise UsageError(f"--models names {len(options.models)}; {options.method} merges {word}")
+    for path in [*options.models, *([options.base] if options.base else [])]:
+        if not Path(path).is_dir():
+            raise DataError(f"no model folder at {path}")
+
+
+def _check_alike(first: str, one: Model, second: str, other: Model) -> None:
+    """Raise DataError unless two models have one architecture and one tokenizer."""
+    mine, theirs = one.config.to_json(), other.config.to_json()
+    for field in mine.keys() - set(FREE):
+        if mine[field] != theirs[field]:
+            raise DataError(f"{field} is {_shown(mine[field])} in {first} and {_shown(theirs[field])} in {second}")
+    if one.tokenizer.digest != other.tokenizer.digest:
+        raise DataError(f"{first} and {second} have different tokenizers; merge models of one vocabulary")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)
+
+
+COMMAND = Command("merge", "make one model of several of the same architecture", MergeFlags, run)
