@@ -44,6 +44,7 @@ from functional_lm.inference.generate import (
 from functional_lm.inference.sampling import Penalties, Sampling
 from functional_lm.model import lora
 from functional_lm.model.config import ModelConfig
+from functional_lm.model.linear import precision
 from functional_lm.tree import Tree
 
 
@@ -178,9 +179,9 @@ class Engine:
         self.longest = min(length or config.max_len, config.max_len)  # tokens of prompt and text together
         self.adapters = lora.entries(bank) if bank else 0
         self._params = (params, bank or {})
-        weight = params["model"]["embed_tokens"]["weight"]
-        self._device = weight.device
-        self._cache = kv.init(self.config, slots, self.length, weight.dtype, self._device)
+        self._device = tree.leaves(params)[0].device
+        dtype = precision(params["model"]["embed_tokens"])
+        self._cache = kv.init(self.config, slots, self.length, dtype, self._device)
         self._state = self._empty()
         self._running: dict[int, _Running] = {}
         self._queue: deque[Handle] = deque()
