@@ -26,7 +26,6 @@ _PLACES = {
     "forward_cached": "functional_lm.model.transformer",
     "loss": "functional_lm.model.transformer",
     "attach": "functional_lm.model.lora",
-    "merge": "functional_lm.model.lora",
     "load_adapter": "functional_lm.interop.peft",
     "compiled": "functional_lm.compile",
 }
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from functional_lm.folder import Model, load, save
     from functional_lm.interop.peft import load_adapter
     from functional_lm.model.config import ModelConfig, preset
-    from functional_lm.model.lora import attach, merge
+    from functional_lm.model.lora import attach
     from functional_lm.model.transformer import forward, forward_cached, init, loss
 
 __all__ = sorted([*_PLACES, *_ROOMS])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import architecture, chat, finetune, generate, interchange, merging, prepare, quantize, serve, train
+from functional_lm import architecture, chat, finetune, generate, interchange, merge, prepare, quantize, serve, train
 from functional_lm.cli import main
 
 COMMANDS = (
@@ -18,7 +18,7 @@ COMMANDS = (
     finetune.DPO,
     generate.COMMAND,
     chat.COMMAND,
-    merging.COMMAND,
+    merge.COMMAND,
     quantize.COMMAND,
     interchange.IMPORT,
     interchange.EXPORT,

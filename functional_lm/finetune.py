@@ -88,6 +88,7 @@ def run(options: Options) -> int:
     data = _pairs(options, model, found) if isinstance(options, DpoOptions) else _chats(options, model, found)
     options = training_flags.resolve_length(options, data.per_epoch / options.gradient_accumulation_steps)
     method = _adapter(options, model) if isinstance(options, LoraFlags) else _everything(options, model)
+    model = model._replace(params={})  # what is needed of them the method has, in the form that it needs
     run_folder.begin(options, {}, model.config, model.tokenizer, out)
     return _train(options, model, data, method, checkpoint, training_report.Report(
         out, options.data, _validation_bytes(options, data, model), training_flags.budget(options), started
@@ -260,13 +261,13 @@ def _adapter(options: Options, model: Model) -> Method:
         options.lora_rank, options.lora_alpha, options.lora_targets, options.lora_dropout, options.rslora, options.dora,
         str(options.model), digest,
     )  # fmt: skip
-    scales = tree.select(constant, "*.lora_scale")
+    scales, shapes = tree.select(constant, "*.lora_scale"), tree.to(model.params, "meta")
 
     def save(path: Path, params: Tree) -> None:
-        peft.save(path, tree.overlay(params, scales), how, model.params)
+        peft.save(path, tree.overlay(params, scales), how, shapes)
 
     def load(path: Path) -> Tree:
-        return lora.split(peft.load(path, model.params, digest, options.device)[0])[0]
+        return lora.split(peft.load(path, shapes, digest, options.device)[0])[0]
 
     use = f"python -m functional_lm.generate --model {options.model} --adapter {options.out}"
     console.say(

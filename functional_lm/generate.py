@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +34,12 @@ class GenerateFlags:
     temperature: float = option(0.8, "0: always the likeliest token", low=0, group="Sampling")
     top_k: int = option(0, "draw from the k likeliest tokens; 0: off", low=0, group="Sampling")
     top_p: float = option(1.0, "draw from the likeliest tokens that hold this mass", above=0, high=1, group="Sampling")
+    min_p: float = option(
+        0.0, "draw from tokens at least so likely, as a share of the likeliest; 0: off", low=0, high=1, group="Sampling"
+    )
+    repetition_penalty: float = option(1.0, "divides the logits of tokens seen before", above=0, group="Sampling")
     seed: int = option(0, "seed of the draws", low=0, group="Sampling")
+    stop: tuple[str, ...] = option((), "texts that end it, commas between; none of them is printed", group="Sampling")
     stream: bool = option(True, "print as it is written")
     dtype: str = option("auto", "precision of weights and cache", choices=DTYPES, group="Machine")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), group="Machine")
@@ -76,18 +83,25 @@ def run(options: GenerateFlags) -> int:
     weights, config, tokenizer, compile = opened(options)
     prompt = tokenizer.encode(options.prompt) or [tokenizer.bos_id]
     how = GenerateOptions(
-        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, (tokenizer.eos_id,)
-    )
+        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, (tokenizer.eos_id,),
+        options.min_p, options.repetition_penalty,
+    )  # fmt: skip
     run = decoder(config, compile, how.truncates)
     if compile:
         with console.announced("compiling", file=sys.stderr):
-            list(generate(weights, prompt, run, GenerateOptions(2, options.temperature)))
+            list(generate(weights, prompt, run, dataclasses.replace(how, max_tokens=2)))
     started, count = time.perf_counter(), 0
     pieces = [options.prompt]
     if options.stream:
         print(options.prompt, end="", flush=True)
-    for piece in text.stream(weights, run, tokenizer, prompt, how):
-        count += 1
+
+    def counted() -> Iterator[str]:
+        nonlocal count
+        for piece in text.stream(weights, run, tokenizer, prompt, how):
+            count += 1
+            yield piece
+
+    for piece in text.until(counted(), options.stop):
         pieces.append(piece)
         if options.stream:
             print(piece, end="", flush=True)

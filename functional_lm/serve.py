@@ -81,19 +81,19 @@ def load(flags: ServeFlags) -> Service:
     from functional_lm.inference.engine import Engine
     from functional_lm.interop import peft
     from functional_lm.model import lora
-    from functional_lm.model.compute import compute_copy
+    from functional_lm.model.compute import decoding_copy
     from functional_lm.serving.app import Service
 
     device = compiling.resolve_device(flags.device)
     dtype = compiling.resolve_dtype(flags.dtype, device)
     names = _names(flags)
     with console.announced(f"loading {flags.model}"):
-        params, config, tokenizer = folder.load(flags.model, device)
+        params, config, tokenizer = folder.load(flags.model, device, quantized=True)
         adapters = [peft.load_adapter(path, params, flags.any_base, device) for path in list(names.values())[1:]]
         bank = lora.stack(params, adapters) if adapters else {}
         bank = tree.map(lambda leaf: leaf.to(dtype) if leaf.dim() > 1 else leaf, bank)
         scaled = any(name.endswith("lora_gain") for name in tree.flatten(bank))  # DoRA: products of their own
-        weights = compute_copy(params, dtype, fuse=not scaled)
+        weights = decoding_copy(params, dtype, fuse=not scaled)
     obstacle = compiling.obstacle(device) if flags.compile else None
     if obstacle:
         console.say(f"running without compilation, several times slower: {obstacle}")

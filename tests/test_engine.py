@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -243,3 +244,14 @@ def test_the_compiled_engine_says_the_same_and_compiles_nothing_more() -> None:
     assert [list(handle) for handle in [fast.submit(request) for request in requests]] == expected
     assert compiling.graphs() == before
     fast.close()
+
+
+@given(request=PENALIZED)
+@settings(max_examples=12, deadline=None)
+def test_the_plain_loop_knows_the_same_penalties(engine: Engine, request: Request) -> None:
+    own = dataclasses.replace(request, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={})
+    how = generate.GenerateOptions(
+        own.max_tokens, own.temperature, seed=own.seed, min_p=own.min_p, repetition_penalty=own.repetition_penalty
+    )
+    run = generate.decoder(CONFIG, compile=False)
+    assert list(generate.generate(PARAMS, list(own.prompt), run, how)) == list(engine.submit(own))

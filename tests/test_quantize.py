@@ -19,7 +19,7 @@ from functional_lm.cli import main
 from functional_lm.compile import compiled
 from functional_lm.errors import DataError, UsageError
 from functional_lm.inference.generate import GenerateOptions, decoder, generate
-from functional_lm.model import gptq, packed, quantize, transformer
+from functional_lm.model import gptq, lora, packed, quantize, transformer
 from functional_lm.model.compute import compute_copy, decoding_copy
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.linear import embed, linear, unembed
@@ -185,6 +185,26 @@ def test_an_adapter_on_a_quantised_base_learns(chosen: tuple[ModelConfig, Plan],
     for name, leaf in tree.flatten(found).items():
         assert_close(leaf, tree.flatten(expected)[name], 1e-3, name)
     assert tree.norm(found) > 0
+
+
+def test_adapters_are_made_for_quantised_bases() -> None:
+    """`lora.init` needs their shapes alone; what needs their numbers is refused."""
+    config = ModelConfig(20, d_model=8, n_layers=1, n_heads=2, d_ff=12)
+    params, tokens = weights(config, 0), token_rows(config, (2, 5), 0)
+    base = quantize.quantize(params, Plan(4, 4))
+    adapter = lora.init(base, ("all-linear", "embed_tokens"), 2, keys.key(1))
+    plain = lora.init(params, ("all-linear", "embed_tokens"), 2, keys.key(1))
+    assert tree.digest(adapter) == tree.digest(plain)
+    lora.check(base, adapter)
+    changed = tree.map_named(lambda name, leaf: leaf + 0.1 if name.endswith("lora_B") else leaf, adapter)
+    expected = forward(lora.merge(quantize.dequantize(base), changed), tokens, config)
+    assert_close(forward(lora.attach(base, changed), tokens, config), expected, 1e-4)
+    copy = decoding_copy(lora.attach(base, changed), torch.float32)
+    assert_close(forward(copy, tokens, config), expected, 1e-4)
+    with pytest.raises(UsageError, match="is quantised; leave out dora"):
+        lora.init(base, "q_proj", 2, keys.key(1), dora=True)
+    with pytest.raises(DataError, match="nothing can be merged into it; attach the adapter"):
+        lora.merge(base, adapter)
 
 
 def test_embeddings_with_adapters() -> None:

@@ -203,3 +203,10 @@ def test_preferences_are_texts_or_turns(tmp_path: Path) -> None:
     for chosen, rejected in conversations.read_preferences(corpus.find(str(path))):
         assert chosen.turns == PLAIN
         assert rejected.turns == (PLAIN[0], Turn("assistant", "No"))
+
+
+def test_a_weight_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [USER, BOT]}))
+    with pytest.raises(DataError, match=r"has the weight 0\.5; conversations are each learned once an epoch"):
+        conversations.read(corpus.find(f"{path}=0.5"))

@@ -179,9 +179,9 @@ class Engine:
         self.longest = min(length or config.max_len, config.max_len)  # tokens of prompt and text together
         self.adapters = lora.entries(bank) if bank else 0
         self._params = (params, bank or {})
-        embedding = params["model"]["embed_tokens"]
-        self._device = tree.leaves(embedding)[0].device
-        self._cache = kv.init(self.config, slots, self.length, precision(embedding), self._device)
+        self._device = tree.leaves(params)[0].device
+        dtype = precision(params["model"]["embed_tokens"])
+        self._cache = kv.init(self.config, slots, self.length, dtype, self._device)
         self._state = self._empty()
         self._running: dict[int, _Running] = {}
         self._queue: deque[Handle] = deque()

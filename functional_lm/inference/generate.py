@@ -172,7 +172,7 @@ def _decode(
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How to continue a text. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """How to continue a text. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off."""
 
     max_tokens: int = 200
     temperature: float = 0.8
@@ -180,6 +180,13 @@ class GenerateOptions:
     top_p: float = 1.0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether a slot has to remember what it has seen (or to compare with the likeliest)."""
+        return self.min_p > 0 or self.repetition_penalty != 1
 
     @property
     def truncates(self) -> bool:
@@ -241,8 +248,9 @@ def generate(params: Tree, prompt: list[int], run: Decoder, options: GenerateOpt
         torch.zeros(1, dtype=torch.int64, device=device),
         keys.key(options.seed, device)[None],
         Sampling.uniform(1, options.temperature, options.top_k, options.top_p, device),
+        _penalties(prompt, run.config.vocab_size, options, device) if options.penalizes else (),
     )
-    token = int(choose(logits, slots, run.truncating))
+    slots, token = _chosen(logits, slots, run.truncating)
     for count in range(1, options.max_tokens + 1):
         yield token
         if token in options.stop_ids or count == options.max_tokens:
@@ -253,12 +261,30 @@ def generate(params: Tree, prompt: list[int], run: Decoder, options: GenerateOpt
             text = text[-(longest // 2 + 1) :]
             cache, logits = read(params, text, run, device)
             slots = slots._replace(positions=torch.tensor([len(text)], device=device), drawn=drawn)
-            token = int(choose(logits, slots, run.truncating))
+            slots, token = _chosen(logits, slots, run.truncating)
         else:
             position = torch.tensor([len(text) - 1], device=device)
             slots = slots._replace(tokens=torch.tensor([token], device=device), positions=position, drawn=drawn)
             (cache, slots), tokens = run.decode((cache, slots), params)
             token = int(tokens)
+
+
+def _chosen(logits: Float[Tensor, "1 V"], slots: Slots, truncating: bool) -> tuple[Slots, int]:
+    """The token behind what has been read, counted."""
+    token = choose(logits, slots, truncating)
+    if slots.penalties:
+        slots = slots._replace(penalties=slots.penalties.counted(token))
+    return slots, int(token)
+
+
+def _penalties(prompt: list[int], vocab_size: int, options: GenerateOptions, device: torch.device) -> Penalties:
+    none = Penalties.none(1, vocab_size, device)
+    seen = torch.tensor(prompt, device=device)
+    return none._replace(
+        min_p=none.min_p + options.min_p,
+        repetition=none.repetition * options.repetition_penalty,
+        prompted=none.prompted.index_put((torch.zeros_like(seen), seen), torch.ones((), dtype=torch.bool)),
+    )
 
 
 def read(params: Tree, tokens: list[int], run: Decoder, device: torch.device) -> tuple[Tree, Float[Tensor, "1 V"]]:

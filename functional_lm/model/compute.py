@@ -16,7 +16,7 @@ FUSIONS = {
     "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
 }
-FUSED = frozenset({"weight", "bias"}) | packed.LEAVES
+FUSED = frozenset({"weight", "bias", *packed.LEAVES})
 ADDED = frozenset({"lora_A", "lora_B", "lora_scale", "lora_dropout", "lora_key", "lora_index"})
 
 
@@ -37,9 +37,9 @@ def compute_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
     return {**params, "model": {**params["model"], "layers": layers}}
 
 
-def decoding_copy(params: Tree, dtype: torch.dtype) -> Tree:
+def decoding_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
     """`compute_copy` for products of few rows, without gradients: quantised matrices as the device's kernels want."""
-    return quantize.each(compute_copy(params, dtype), lambda child: packed.for_decoding(child, dtype))
+    return quantize.each(compute_copy(params, dtype, fuse), lambda child: packed.for_decoding(child, dtype))
 
 
 def freeze(params: Tree, trained: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
@@ -55,11 +55,11 @@ def freeze(params: Tree, trained: Tree, dtype: torch.dtype, fuse: bool = True) -
 def fused(params: Tree, name: str, parts: tuple[str, ...]) -> Tree:
     """`parts` stacked along their outputs under `name`, where all of them are there and are products of a weight.
 
-    Adapters stay under the names of their parts, where `linear.adapted` finds them. Quantised weights fuse too, since
-    their grids lie along the inputs. Magnitudes (DoRA) keep the products apart: what the leaves are decides.
+    Quantised ones are too, since their grids lie along the inputs. Adapters stay under the names of their parts, where
+    `linear.adapted` finds them. Magnitudes (DoRA) keep the products apart: what the leaves are decides.
     """
-    if not all({"weight", "qweight"} & params.get(part, {}).keys() for part in parts) or not all(
-        params[part].keys() <= FUSED | ADDED for part in parts
+    if not all(
+        params.get(part, {}).keys() & {"weight", "qweight"} and params[part].keys() <= FUSED | ADDED for part in parts
     ):
         return params
     leaves = params[parts[0]].keys() & FUSED

@@ -36,7 +36,7 @@ def linear(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]
     gain = row_gain(params)
     if gain is None:
         return adapted([params], [base(params, x)], x)[0]
-    y = F.linear(x, params["weight"].to(x.dtype))
+    y = base({name: leaf for name, leaf in params.items() if name != "bias"}, x)
     y = gain.to(y.dtype) * (y + delta(params, x).to(y.dtype))
     return y + params["bias"].to(y.dtype) if "bias" in params else y
 
@@ -113,7 +113,8 @@ def row_gain(params: Tree) -> Tensor | None:
 
 def row_norm(params: Tree) -> Float[Tensor, "out"]:
     """The Euclidean length of each row of W + scale B A, float32."""
-    return (params["weight"].float() + product(params)).norm(dim=-1)
+    weight = packed.dequantize(params) if packed.is_quantized(params) else params["weight"].float()
+    return (weight + product(params)).norm(dim=-1)
 
 
 def product(params: Tree) -> Float[Tensor, "out in"]:

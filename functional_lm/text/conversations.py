@@ -58,7 +58,9 @@ def read_preferences(found: Corpus) -> list[Preference]:
 
 def _rows(found: Corpus) -> Iterator[tuple[Row, str]]:
     none = True
-    for path in found.files:
+    for path, weight in found.parts:
+        if weight != 1:
+            raise DataError(f"{path} has the weight {weight:g}; conversations are each learned once an epoch")
         for row, where in readers.rows(path):
             none = False
             yield row, where
