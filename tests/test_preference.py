@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS, assert_close, assert_trees_close, numbers, token_rows, weights
 
-from functional_lm import tree
+from functional_lm import compile as compiling
+from functional_lm import keys, tree
+from functional_lm.model import lora
+from functional_lm.model.compute import freeze
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.transformer import IGNORED, forward
-from functional_lm.training import preference
+from functional_lm.training import optimizer, preference, schedule, step
 
 CONFIG = ModelConfig(vocab_size=11, d_model=8, n_layers=1, n_heads=2, d_ff=12, max_len=8)
 
@@ -77,3 +82,25 @@ def test_padding_is_no_pair_and_parts_add_up() -> None:
     assert int(sums["tokens"]) == 3
     assert int(fewer["tokens"]) == 2
     assert_close(value, whole - parts[1][0], 1e-5)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_traced_step_is_the_pure_one(again: bool) -> None:
+    """An adapter's step with the reference inside, with and without recomputed activations."""
+    config = dataclasses.replace(CONFIG, checkpoint_activations=again)
+    base = weights(config, 0)
+    trained, constant = lora.split(lora.init(base, "q_proj", 2, keys.key(0)))
+    frozen = freeze(lora.attach(base, constant), trained, torch.float32)
+    functions = step.training(
+        config,
+        optimizer.adamw(),
+        schedule.cosine(0, 0.1),
+        frozen=frozen,
+        objective=preference.objective(frozen, 0.1),
+    )
+    state, batch = functions.init(trained, keys.key(1)), pairs(2, 0)
+    traced = compiling.compiled(functions.train_step, backend="eager")
+    (found, report), (expected, other) = traced(state, batch), functions.train_step(state, batch)
+    assert_trees_close(found.params, expected.params, 1e-5)
+    assert_trees_close(report, other, 1e-4)
+    assert float(report["loss"]) == pytest.approx(math.log(2), rel=1e-4)
