@@ -121,6 +121,18 @@ def test_the_kernel_computes_what_the_reference_does(
     assert packed.for_decoding(leaves, torch.float32) is leaves  # its kernels are the slower ones there
 
 
+@settings(max_examples=60)
+@given(seed=SEEDS, outputs=st.integers(1, 9), inputs=st.integers(1, 100), count=st.integers(1, 3), bits=BITS)
+def test_no_kernel_reads_beyond_a_row(seed: int, outputs: int, inputs: int, count: int, bits: int) -> None:
+    """torch's int8 kernel does where the inputs fill no stride: such matrices keep the plain product."""
+    inputs = inputs if bits == 8 else 2 * inputs
+    leaves = packed.nearest(numbers((outputs, inputs), seed), bits, inputs)
+    fast = packed.for_decoding(leaves, torch.bfloat16)
+    assert ("packed" in fast) <= (inputs % packed.KERNEL_INPUTS == 0)
+    x = numbers((count, inputs), seed, torch.bfloat16)
+    assert_close(packed.product(fast, x), packed.product(leaves, x.double()), 5e-2)
+
+
 @settings(max_examples=25)
 @given(chosen=quantizable(), seed=SEEDS)
 def test_a_quantised_model_is_the_model_of_its_dequantised_weights(chosen: tuple[ModelConfig, Plan], seed: int) -> None:

@@ -26,6 +26,7 @@ RANGE = {8: (-127, 127), 4: (0, 15)}
 # Up to so many rows the CPU's kernel is faster than to write the int8 weights out in bfloat16 and multiply (measured).
 FEW = 16
 KERNEL_GROUPS = (32, 64, 128, 256)
+KERNEL_INPUTS = 32  # the int8 kernel reads rows in such strides, beyond their end where they do not fit
 
 
 # Numbers and grids ------------------------------------------------------------------------------------------------
@@ -150,6 +151,8 @@ def for_decoding(params: Tree, dtype: torch.dtype) -> Tree:
     `grids` [in/g, out, 2] of scales and shifts. In float32 those kernels are many times slower than the plain product.
     """
     if "qweight" not in params or params["qweight"].device.type != "cpu" or dtype != torch.bfloat16:
+        return params
+    if shape(params)[1] % KERNEL_INPUTS:
         return params
     rest = {name: leaf for name, leaf in params.items() if name not in LEAVES}
     scales = params["scales"].to(dtype)
