@@ -41,8 +41,8 @@ def program() -> None:
         from functional_lm import keys, tree
         from functional_lm.inference import cache as kv
         from functional_lm.inference.generate import GenerateOptions, decoder, generate
-        from functional_lm.model import lora
-        from functional_lm.model.compute import compute_copy
+        from functional_lm.model import lora, merge, quantize
+        from functional_lm.model.compute import compute_copy, decoding_copy
         from functional_lm.model.config import ModelConfig
         from functional_lm.model.positions import restart
         from functional_lm.model.transformer import abstract, forward, forward_cached, init, loss
@@ -76,8 +76,28 @@ def program() -> None:
         forward(lora.attach(params, bank), tokens, config)
         forward(lora.merge(params, adapter), tokens, config)
 
+    @settings(max_examples=10, deadline=None, database=None)
+    @given(config=configs(max_len=6), seed=SEEDS)
+    def merged_and_quantised(config: ModelConfig, seed: int) -> None:
+        models, tokens = [weights(config, seed + i) for i in range(3)], token_rows(config, (2, 6), seed)
+        w = torch.tensor([0.4, 0.5])
+        merge.slerp(models[0], models[1], w)
+        merge.linear(models[:2], w)
+        merge.task_arithmetic(models[2], models[:2], w)
+        merge.ties(models[2], models[:2], {"*": w}, torch.tensor(0.3))
+        forward(merge.dare(models[2], models[:2], w, keys.key(seed)), tokens, config)
+        plan = quantize.Plan(8)
+        eight = quantize.quantize(models[0], plan)
+        forward(decoding_copy(eight, torch.bfloat16), tokens, config)
+        quantize.dequantize(eight)
+
     everywhere()
     with_adapters()
+    merged_and_quantised()
+    config = ModelConfig(64, d_model=64, n_layers=1, n_heads=2, d_ff=64, max_len=6)
+    four = quantize.quantize(weights(config, 0), quantize.Plan(4))
+    for form in (four, decoding_copy(four, torch.bfloat16)):
+        forward(form, torch.zeros(1, 4).long(), config)
 
     # A check that checks nothing would also pass.
     config = ModelConfig(vocab_size=5, d_model=4, n_layers=1, n_heads=1)

@@ -1,7 +1,8 @@
 """GPTQ (arXiv 2210.17323): weights rounded one input after another, each rounding's error carried by those to come.
 
 The inputs of each projection are what the layers before it, quantised already, make of calibration text. They are had
-without hooks: a block whose output projection is the identity gives what that projection would have been given.
+without hooks: a block whose output projection is the identity gives what that projection would have been given (and so
+breaks the hint of its own output's width, on purpose).
 
 Axes: N calibration rows, T time, D model width, H heads, E head width, F feed-forward width.
 """
