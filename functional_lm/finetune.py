@@ -82,7 +82,7 @@ def run(options: Options) -> int:
     checkpoint = run_folder.checkpoint_to_resume(options, {}, out, fixed)
     if checkpoint is not None and run_folder.is_complete(options, checkpoint, out):
         return 0
-    model = folder.load(options.model, options.device)
+    model = folder.load(options.model, options.device, quantized=isinstance(options, LoraFlags))
     conversations.require_markers(model.tokenizer, options.model)
     options = dataclasses.replace(options, block_size=options.block_size or model.config.max_len)
     data = _pairs(options, model, found) if isinstance(options, DpoOptions) else _chats(options, model, found)

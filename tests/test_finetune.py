@@ -172,3 +172,20 @@ def test_another_adapter_is_not_written_over(base: Path, data: Path, tmp_path: P
     assert (
         adapt("lora-finetune", base, data, tmp_path / "run", steps=8, lora_targets="q_proj,k_proj,v_proj,o_proj") == 0
     )
+
+
+def test_an_adapter_of_a_quantised_base(base: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    """QLoRA: the base is stored in 4 bits and stays as it is; what is written generates with it."""
+    small = tmp_path / "int4"
+    assert command("quantize", model=base, out=small, bits=4, group_size=8) == 0
+    before = contents(small)
+    assert adapt("lora-finetune", small, data, tmp_path / "run", steps=12, lora_targets="all-linear") == 0
+    values = [loss for _, loss in losses(tmp_path / "run")]
+    assert values[-1] < values[0]
+    assert contents(small) == before
+    capsys.readouterr()
+    flags = {"prompt": "x", "max_tokens": 4, "compile": "false", "dtype": "float32", "temperature": 0}
+    assert command("generate", model=small, adapter=tmp_path / "run", **flags) == 0
+    assert capsys.readouterr().out.startswith("x")
+    assert adapt("finetune", small, data, tmp_path / "whole", steps=2) == 1
+    assert "quantised" in one_line(capsys)
