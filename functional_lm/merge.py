@@ -28,7 +28,7 @@ FREE = ("attention", "checkpoint_activations", "dropout", "initializer_range")
 class MergeFlags:
     """Flags of `merge`."""
 
-    models: tuple[str, ...] = option(REQUIRED, "model folders", metavar="DIR,DIR,...")
+    models: tuple[str, ...] = option(REQUIRED, "model folders, or adapter folders of --base", metavar="DIR,DIR,...")
     out: str = option(REQUIRED, "model folder to write", aliases=("output_dir",))
     method: str = option("linear", "linear: weighted mean; slerp: on the arc; others: differences", choices=METHODS)
     weights: tuple[float, ...] | None = option(
@@ -37,7 +37,7 @@ class MergeFlags:
     layer_weights: str | None = option(
         None, "other weights for leaves whose names match", metavar="'PATTERN=W,W;PATTERN=W,W'"
     )
-    base: str | None = option(None, "model folder that the models came from, for differences")
+    base: str | None = option(None, "model folder that the models came from, for differences and adapters")
     density: float | None = option(
         None, "share of each difference that is kept; 0.2 of ties, 0.5 of dare", above=0, high=1
     )
@@ -52,8 +52,10 @@ def run(options: MergeFlags) -> int:
 
     from functional_lm import folder, tree
 
-    paths = [*options.models, *([options.base] if options.base else [])]
-    found = [folder.load(path) for path in paths]
+    base = None if options.base is None else folder.load(options.base)
+    paths, found = [*options.models], [_load(path, base) for path in options.models]
+    if base is not None and options.method in FROM_BASE:
+        paths, found = [*paths, str(options.base)], [*found, base]
     for path, model in zip(paths[1:], found[1:]):
         _check_alike(paths[0], found[0], path, model)
     names = list(tree.flatten(found[0].params))
@@ -72,6 +74,22 @@ def run(options: MergeFlags) -> int:
     many = f"{len(options.models)} models" if len(options.models) > 1 else "one model"
     console.say(f"the model is in {options.out}: {many} by {options.method}")
     return 0
+
+
+def _load(path: str, base: Model | None) -> Model:
+    """The model in a folder; of an adapter's folder, the base with it merged in."""
+    from functional_lm import folder
+    from functional_lm.interop.peft import load_adapter
+    from functional_lm.model import lora
+
+    if not _is_adapter(path):
+        return folder.load(path)
+    assert base is not None
+    return base._replace(params=lora.merge(base.params, load_adapter(path, base.params)))
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
 
 
 def merge(options: MergeFlags, params: list[Tree], weights: dict[str, tuple[float, ...]]) -> Tree:
@@ -131,13 +149,16 @@ def _right(options: MergeFlags, values: tuple[float, ...], where: str) -> tuple[
 
 
 def _check(options: MergeFlags) -> None:
+    adapters = [path for path in options.models if _is_adapter(path)]
+    if adapters and options.base is None:
+        raise UsageError(f"{adapters[0]} is an adapter; give the model it was trained on as --base")
     if options.method in FROM_BASE and options.base is None:
         raise UsageError(f"--method {options.method} needs --base, the model that the others came from")
-    if options.method not in FROM_BASE and options.base is not None:
-        raise UsageError(f"--method {options.method} has no --base; {', '.join(FROM_BASE)} have one")
+    if options.method not in FROM_BASE and options.base is not None and not adapters:
+        raise UsageError(f"--method {options.method} has no --base; {', '.join(FROM_BASE)} have one, and adapters")
     if options.density is not None and options.method not in THINNED:
         raise UsageError(f"--method {options.method} has no --density; {' and '.join(THINNED)} have one")
-    least = 1 if options.method in FROM_BASE else 2
+    least = 1 if options.method in FROM_BASE or adapters else 2
     if len(options.models) < least or (options.method == "slerp" and len(options.models) != 2):
         word = "two" if options.method == "slerp" else f"at least {least}"
         raise UsageError(f"--models names {len(options.models)}; {options.method} merges {word}")

@@ -189,3 +189,19 @@ def test_an_adapter_of_a_quantised_base(base: Path, data: Path, tmp_path: Path, 
     assert capsys.readouterr().out.startswith("x")
     assert adapt("finetune", small, data, tmp_path / "whole", steps=2) == 1
     assert "quantised" in one_line(capsys)
+
+
+def test_adapters_are_merged_into_their_base(base: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    """One by itself, and one as a difference among others."""
+    assert adapt("lora-finetune", base, data, tmp_path / "one", steps=8, learning_rate=0.02) == 0
+    assert command("merge", models=tmp_path / "one", base=base, out=tmp_path / "merged") == 0
+    whole = flm.load(base).params
+    expected = lora.merge(whole, flm.load_adapter(tmp_path / "one", whole))
+    assert tree.digest(flm.load(tmp_path / "merged").params) == tree.digest(expected)
+    many = {"models": f"{tmp_path / 'one'},{base}", "base": base, "method": "task_arithmetic", "weights": "0.5,1"}
+    assert command("merge", **many, out=tmp_path / "half") == 0
+    for halved, plain, full in zip(*map(tree.leaves, (flm.load(tmp_path / "half").params, whole, expected))):
+        torch.testing.assert_close(halved, (plain + full) / 2)
+    capsys.readouterr()
+    assert command("merge", models=tmp_path / "one", out=tmp_path / "none") == 2
+    assert "is an adapter; give the model it was trained on as --base" in one_line(capsys)
