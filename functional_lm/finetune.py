@@ -296,15 +296,10 @@ def _train(
 ) -> int:
     """State, job and loop, then the report."""
     from functional_lm import keys, tree
-    from functional_lm.training import checkpoint as checkpoints
     from functional_lm.training import loop
 
     state = method.functions.init(method.trained, keys.fold_in_name(keys.key(options.seed, options.device), "training"))
-    memory: Mapping[str, Any] = {}
-    if checkpoint is not None:
-        saved, memory = checkpoints.load(checkpoint, state)
-        state = saved._replace(numbers=state.numbers)  # the flags of this call
-        console.say(f"going on from {checkpoint}")
+    state, memory = trainer.resumed(state, checkpoint)
     job = trainer.Job(
         model.config,
         model.tokenizer,

@@ -289,17 +289,11 @@ def _train(
 ) -> int:
     """State, job and loop, then the report."""
     from functional_lm import tree
-    from functional_lm.training import checkpoint as checkpoints
     from functional_lm.training import loop
 
     models = _members(options)
     functions = _functions(options, config, len(models) > 1)
-    state = _state(options, functions, params)
-    memory: dict[str, Any] = {}
-    if checkpoint is not None:
-        saved, memory = checkpoints.load(checkpoint, state)
-        state = saved._replace(numbers=state.numbers)  # the flags of this call
-        console.say(f"going on from {checkpoint}")
+    state, memory = trainer.resumed(_state(options, functions, params), checkpoint)
     job = trainer.Job(
         config,
         tokenizer,

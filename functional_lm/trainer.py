@@ -77,6 +77,17 @@ def recording(flags: TrainingFlags, out: Path, step: int) -> Iterator[Recorder]:
         yield recorder
 
 
+def resumed(state: TrainState, checkpoint: Path | None) -> tuple[TrainState, dict[str, Any]]:
+    """The state to begin with and its memory: that of the checkpoint, with the numbers (flags) of this call."""
+    from functional_lm.training import checkpoint as checkpoints
+
+    if checkpoint is None:
+        return state, {}
+    saved, memory = checkpoints.load(checkpoint, state)
+    console.say(f"going on from {checkpoint}")
+    return saved._replace(numbers=state.numbers), memory
+
+
 def train(
     flags: TrainingFlags, job: Job, state: TrainState, memory: Mapping[str, Any], out: Path, recorder: Recorder
 ) -> tuple[Outcome, Best]:

@@ -19,8 +19,6 @@ from functional_lm.model.config import CHOICES, ModelConfig
 from functional_lm.model.transformer import abstract
 from functional_lm.tree import Tree
 
-torch.set_num_threads(1)  # products this small lose more by waiting for other threads than they gain
-
 SEEDS = st.integers(0, 2**31 - 1)
 LONGEST = 16
 

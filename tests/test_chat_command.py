@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chat import TEXT
-from test_train import command, one_line, one_thread  # noqa: F401 (a fixture)
+from test_train import command, one_line
 
 from functional_lm import folder, keys
 from functional_lm.model import transformer

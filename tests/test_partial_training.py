@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from strategies import assert_trees_close, weights
-from test_step import T, V, close, one_thread, rows, same  # noqa: F401 (a fixture)
+from test_step import T, V, close, rows, same
 
 from functional_lm import compile as compiling
 from functional_lm import keys, tree

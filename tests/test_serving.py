@@ -34,14 +34,6 @@ PARAMS = tree.map(lambda leaf: 3 * leaf, transformer.init(CONFIG, keys.key(0)))
 KEY = "sk-it-is-me"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     engine = Engine(PARAMS, CONFIG, slots=3, waiting=20, compile=False).start()

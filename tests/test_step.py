@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -40,15 +39,6 @@ SHALLOW = {  # tracing takes seconds a layer
     "recomputing": ModelConfig(**{**PLAIN, "n_layers": 1}, checkpoint_activations=True),
 }
 SEED = st.integers(0, 2**31)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small take longer to share out than to do, and on a busy machine far longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def made(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import FLAGS, contents, lines, losses, one_line, one_thread, pretrain, read, text
+from test_train import FLAGS, contents, lines, losses, one_line, pretrain, read, text
 
 import functional_lm
 from functional_lm import training_flags, tree
@@ -20,7 +20,7 @@ from functional_lm.errors import UsageError
 from functional_lm.text import dataset
 from functional_lm.training import checkpoint, loop, optimizer, schedule
 
-__all__ = ["one_thread", "text"]  # fixtures
+__all__ = ["text"]  # a fixture
 
 QUIET = {"sample_tokens": 0, "gradient_accumulation_steps": 1, "eval_every": 0, "save_every": 0}
 

@@ -84,8 +84,8 @@ class OpenAI(Sampled):
 
     @property
     def told(self) -> int | None:
-        """How many of the likeliest tokens to tell of; None: no logprobs."""
-        raise NotImplementedError
+        """How many of the likeliest tokens to tell of; None: no logprobs. Each route spells the wish in its own way."""
+        return None
 
 
 class Completion(OpenAI):
