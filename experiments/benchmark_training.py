@@ -5,8 +5,9 @@
 The same shapes and nearly the same parameter counts (two-matrix GELU, tied embeddings; nanoGPT's learned positions are
 its own). Each side runs in a process of its own, with its own defaults: nanoGPT with torch.compile in float32, its CPU
 path; this project's whole step (gradients, clipping, AdamW) as one donated graph with a bfloat16 compute copy where the
-processor multiplies in it. After a warm-up of the first step (compiling) and five more, the two take turns, and the
-table shows medians. A step that compiles anything after the first ends the run with an error.
+processor multiplies in it. Each side has compiled before, in another process: both start from their caches. After the
+first step and five more the two take turns, and the table shows medians and the peak of memory from there on. A step
+that compiles anything after the first ends the run with an error.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def compare(shape: str, checkout: str, rounds: int) -> dict[str, dict[str, float
     sides = {}
     for side in ("functional_lm", "nanogpt"):  # one after the other: compiling takes all cores
         command = [sys.executable, __file__, "--worker", side, "--shapes", shape, "--nanogpt", checkout]
+        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)  # fills its caches
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         sides[side] = process, json.loads(process.stdout.readline())

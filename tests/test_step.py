@@ -450,6 +450,22 @@ def test_the_compiled_step_is_the_pure_step(backend: str, name: str) -> None:
     five_steps(compiled, functions, SHALLOW[name], rtol=1e-3, atol=1e-4)
 
 
+def test_the_compiled_gradient_on_two_threads_is_the_same_bits_at_every_call() -> None:
+    """Atomic additions would come in another order each time: an interrupted run would not be the uninterrupted one."""
+    config = ModelConfig(vocab_size=320, d_model=32, n_layers=1, n_heads=2, d_ff=64, max_len=32)
+    functions = step.training(config, optimizer.optimizer("sgd"), schedule.schedule("constant"))
+    state = functions.init(transformer.init(config, keys.key(0)), keys.key(1))
+    tokens = keys.randint(keys.key(2), (4, 33), 0, 320, torch.int64)
+    batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = compiling.compiled(functions.gradients)
+        assert len({tree.digest(gradients(state, batch)[0]) for _ in range(30)}) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", sorted(optimizer.OPTIMIZERS))
 def test_every_optimizer_is_one_graph(name: str) -> None:
     config = SHALLOW["untied"]
