@@ -331,8 +331,8 @@ def test_a_stop_text_is_cut_off_wherever_tokens_split_it(text: str, stops: list[
     tokenizer = tokenizers.train((), "bytes")
     handle = Handle(Request((1,)))
     for token in tokenizer.encode(text):
-        handle._say(token)
-    handle._end("length")
+        handle.say(token)
+    handle.end("length")
     answer = Answer(handle, tokenizer, stops)
     pieces = list(answer)
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
