@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -69,29 +70,32 @@ class Board:
         own = keys.key(0, self._device).expand(self.slots, 2).clone()
         return Slots(whole(0), whole(0), whole(0), own, sampling, penalties, whole(0))
 
-    def warm(self) -> None:
-        """Run every graph once, so that nothing compiles while somebody waits."""
+    def warm(self, phase: Callable[[str], AbstractContextManager[Any]]) -> None:
+        """Run every graph once, so that nothing compiles while somebody waits; each inside a `phase` of its name."""
         with torch.inference_mode(False), torch.no_grad():
-            for scored in (False, True):
-                self.read(0, (0, 0), 0, scored)
-            for step in self.steps.values():
-                (self._cache, self._state), _ = step((self._cache, self._state), self._weights)
+            for scored, name in ((False, "reading"), (True, "reading with logprobs")):
+                with phase(name):
+                    self.read(0, (0, 0), 0, scored)
+            for plain, name in ((True, "writing"), (False, "writing with penalties and logprobs")):
+                with phase(name):
+                    self.step([], plain)
         self.reset()
 
     def reset(self) -> None:
         """No slot holds anything."""
         self._state = self._empty()
 
-    def settle(self, slot: int, request: Request) -> None:
-        """Write a request's settings into its slot."""
+    def settle(self, slot: int, request: Request, row: int, start: int) -> None:
+        """Write a request's settings into its slot, whose first `start` rows hold its prompt; `row` of the bank."""
         state = self._state
         assert state.penalties
         assert isinstance(state.adapters, Tensor)
-        state.tokens[slot] = state.positions[slot] = state.drawn[slot] = 0
+        state.tokens[slot] = state.drawn[slot] = 0
+        state.positions[slot] = start
         state.keys[slot] = keys.key(request.seed, self._device)
         for name in ("temperature", "top_k", "top_p"):
             getattr(state.sampling, name)[slot] = getattr(request, name)
-        state.adapters[slot] = request.adapter
+        state.adapters[slot] = row
         by = state.penalties
         by.min_p[slot], by.repetition[slot] = request.min_p, request.repetition_penalty
         by.presence[slot], by.frequency[slot] = request.presence_penalty, request.frequency_penalty
@@ -100,9 +104,13 @@ class Board:
         for token, value in request.logit_bias.items():
             by.bias[slot, token] = value
 
-    def release(self, slot: int) -> None:
-        """The slot is free; steps of the others write into its first row."""
-        self._state.positions[slot] = 0
+    def release(self, slot: int, kept: int) -> None:
+        """The slot is free; steps of the others write into the row behind the `kept` ones."""
+        self._state.positions[slot] = kept
+
+    def put(self, row: int, adapter: Tree) -> None:
+        """Write an adapter into entry `row` of the bank. Raises DataError where the bank has no room for it."""
+        lora.put(self._weights[1], row, adapter)
 
     def read(self, slot: int, prompt: Sequence[int], start: int, scored: bool) -> tuple[Tensor, Scores | None]:
         """Put the chunk of `prompt` that begins at `start` into the cache: the logits [1, V] behind it, and scores."""

@@ -5,16 +5,26 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from functional_lm.errors import FunctionalLMError, UsageError
 from functional_lm.inference.generate import ALTERNATIVES
 
+PATIENCE = 0.25  # seconds between two looks at whether the client is still there
+
 
 class Busy(FunctionalLMError):
-    """The queue is full, or the engine is going down; try again later."""
+    """The queue is full; try again later."""
+
+
+class Closed(Busy):
+    """The engine is going down, or has stopped."""
+
+
+class TooMuch(UsageError):
+    """More than a limit allows."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Request:
     seconds: float = float("inf")  # longest time from submission to end
     logprobs: int | None = None  # how many of the likeliest tokens to tell of at each place; None: tell nothing
     prompt_logprobs: bool = False  # of the prompt too
-    adapter: int = 0  # entry of the engine's bank; 0: the model itself
+    adapter: int = 0  # number that the engine gave it; 0: the model itself
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -78,13 +88,30 @@ class Handle:
         self.error: BaseException | None = None
         self.submitted = time.monotonic()
         self.first_token: float | None = None  # seconds after submission
+        self.seconds: float | None = None  # the same of the end
+        self.made = 0  # tokens said
+        self.cached = 0  # tokens of the prompt that a slot held already
         self.prompt_scores: list[Scored] = []  # from the second token of the prompt on, where asked for
         self.scores: list[Scored] = []  # of what was said, where asked for; the stop id that ended it included
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[int]:
-        while (token := self._tokens.get()) is not None:
+        return self.follow()
+
+    def follow(self, gone: Callable[[], bool] = lambda: False) -> Iterator[int]:
+        """The tokens as they come; cancelled when `gone` (asked at each token, and while there is none) says so."""
+        while True:
+            try:
+                token = self._tokens.get(timeout=PATIENCE)
+            except queue.Empty:
+                if gone():
+                    self.cancel()
+                continue
+            if token is None:
+                break
+            if gone():
+                self.cancel()
             yield token
         if self.error is not None:
             raise self.error
@@ -103,8 +130,10 @@ class Handle:
     def say(self, token: int) -> None:
         if self.first_token is None:
             self.first_token = time.monotonic() - self.submitted
+        self.made += 1
         self._tokens.put(token)
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         self.finish_reason, self.error = reason, error
+        self.seconds = time.monotonic() - self.submitted
         self._tokens.put(None)
