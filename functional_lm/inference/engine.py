@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 
-from functional_lm.errors import FunctionalLMError, UsageError
+from functional_lm.errors import UsageError
 from functional_lm.inference.board import Board, told
 from functional_lm.inference.entries import Entries
 from functional_lm.inference.generate import Scores
 from functional_lm.inference.prefixes import Prefixes
-from functional_lm.inference.requests import Busy, Closed, Handle, Request, Scored, TooMuch
+from functional_lm.inference.requests import Busy, Closed, Handle, Request, Scored, StepFailed, TooMuch
 from functional_lm.model import lora
 from functional_lm.model.config import ModelConfig
 from functional_lm.tree import Tree
 
-__all__ = ["Busy", "Closed", "Engine", "Handle", "Request", "Scored", "TooMuch"]
+__all__ = ["Busy", "Closed", "Engine", "Handle", "Request", "Scored", "StepFailed", "TooMuch"]
 
 log = logging.getLogger("functional_lm.engine")
 
@@ -303,7 +303,7 @@ class Engine:
         """End what runs; the cache may hold anything now."""
         for slot in list(self._running):
             handle = self._running.pop(slot).handle
-            self._end(handle, "error", FunctionalLMError(f"the step failed: {error}"))
+            self._end(handle, "error", StepFailed(f"the step failed: {error}"))
         self.board.reset()
         self._prefixes.forget()
 
@@ -315,6 +315,6 @@ class Engine:
             self._queue.clear()
             calls = list(self._calls)
         for handle in handles:
-            self._end(handle, "error", FunctionalLMError(f"the engine has stopped: {error}"))
+            self._end(handle, "error", Closed(f"the engine has stopped: {error}"))
         for _, future in calls:
             future.set_exception(Closed(f"the engine has stopped: {error}"))

@@ -23,6 +23,10 @@ class Closed(Busy):
     """The engine is going down, or has stopped."""
 
 
+class StepFailed(FunctionalLMError):
+    """An error inside the engine ended a request."""
+
+
 class TooMuch(UsageError):
     """More than a limit allows."""
 
