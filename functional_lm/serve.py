@@ -61,8 +61,9 @@ def run(flags: ServeFlags) -> int:
     """Listen, load, compile, serve until SIGTERM or Ctrl-C, then finish what is being written."""
     started = time.perf_counter()
     try:
-        from functional_lm.serving import host
-        from functional_lm.serving.app import create
+        with console.announced("opening the libraries"):
+            from functional_lm.serving import host
+            from functional_lm.serving.app import create
     except ImportError as error:
         raise UsageError(f"serving needs {error.name}: pip install 'functional_lm[serve]'") from error
     threads = flags.threads if flags.threads is not None else flags.slots + flags.waiting + 16
@@ -92,20 +93,19 @@ def run(flags: ServeFlags) -> int:
 def load(flags: ServeFlags, door: Door | None = None) -> Service:
     """The model in an engine that has compiled; `door` says which phase it is."""
 
+    from functional_lm import compile as compiling
+    from functional_lm import folder, tree
+    from functional_lm.inference.engine import Engine
+    from functional_lm.interop import peft
+    from functional_lm.model.compute import decoding_copy
+    from functional_lm.serving.service import Service
+
     @contextmanager
     def phase(name: str, quiet: bool = False) -> Iterator[None]:
         if door is not None:
             door.reason = f"the server is starting: {name}"
         with console.announced(name, quiet=quiet):
             yield
-
-    with phase("opening the libraries"):
-        from functional_lm import compile as compiling
-        from functional_lm import folder, tree
-        from functional_lm.inference.engine import Engine
-        from functional_lm.interop import peft
-        from functional_lm.model.compute import decoding_copy
-        from functional_lm.serving.service import Service
 
     device = compiling.resolve_device(flags.device)
     dtype = compiling.resolve_dtype(flags.dtype, device)

@@ -22,7 +22,7 @@ from functional_lm.inference.prefixes import Prefixes
 from functional_lm.model import lora, transformer
 from functional_lm.model.config import ModelConfig
 
-CONFIG = ModelConfig(vocab_size=37, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_len=64)
+CONFIG = ModelConfig(vocab_size=37, d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, max_len=64)
 PARAMS = tree.map(lambda leaf: 3 * leaf, transformer.init(CONFIG, keys.key(0)))
 BEGINNINGS = tuple(tuple((i * j + i) % 37 for j in range(40)) for i in (1, 5))
 

@@ -34,6 +34,7 @@ from served import (  # noqa: E402
     serving,
 )
 
+from functional_lm.inference.engine import Request  # noqa: E402
 from functional_lm.interop import peft  # noqa: E402
 from functional_lm.model import lora  # noqa: E402
 from functional_lm.serving import host  # noqa: E402
@@ -223,7 +224,6 @@ def test_health_says_when_nothing_is_delivered() -> None:
             return step(*arguments)
 
         service.engine.board.steps[True] = stuck
-        from functional_lm.inference.engine import Request
 
         assert client.get("/health").status_code == 200
         handle = service.engine.submit(Request((1,), 5))
@@ -277,8 +277,6 @@ def test_a_drain_finishes_what_is_there_and_takes_no_more() -> None:
 
 def test_a_drain_gives_up_in_the_end() -> None:
     with serving(engine={"slots": 1}) as service:
-        from functional_lm.inference.engine import Request
-
         step = service.engine.board.steps[True]
         service.engine.board.steps[True] = lambda *given: (time.sleep(0.05), step(*given))[1]
         handle = service.engine.submit(Request((1,), 90))

@@ -229,11 +229,11 @@ class Engine:
             while free and self._queue:
                 handle = self._queue.popleft()
                 request = handle.request
-                slot, shared = self._prefixes.best(free, request.prompt, request.adapter)
+                slot, shared = self._prefixes.best(free, request.prompt, request.whose)
                 handle.cached = 0 if request.prompt_logprobs or not self.reuse else shared
                 free.remove(slot)
                 self._running[slot] = _Running(handle, handle.cached)
-                self._prefixes.note(slot, request.prompt[: handle.cached], request.adapter)
+                self._prefixes.note(slot, request.prompt[: handle.cached], request.whose)
                 self.board.settle(slot, request, self._entries.row(request.adapter), handle.cached)
 
     def _turn(self) -> None:
@@ -261,7 +261,7 @@ class Engine:
         handle, request, start = running.handle, running.handle.request, running.read
         logits, scores = self.board.read(slot, request.prompt, start, request.prompt_logprobs)
         running.read = min(len(request.prompt), start + self.board.chunk)
-        self._prefixes.note(slot, request.prompt[: running.read], request.adapter)
+        self._prefixes.note(slot, request.prompt[: running.read], request.whose)
         if scores is not None:
             following = request.prompt[start + 1 : running.read + 1]
             handle.prompt_scores += told(scores, range(len(following)), following, request.logprobs or 0)

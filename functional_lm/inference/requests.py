@@ -51,6 +51,7 @@ class Request:
     logprobs: int | None = None  # how many of the likeliest tokens to tell of at each place; None: tell nothing
     prompt_logprobs: bool = False  # of the prompt too
     adapter: int = 0  # number that the engine gave it; 0: the model itself
+    owner: str = ""  # whose it is: what slots hold of a prompt is used for prompts of the same owner alone
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -65,6 +66,11 @@ class Request:
         """Whether temperature and seed are all there is: neither sorting nor counting is needed."""
         truncating = (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
         return not truncating and not self.penalizing and self.logprobs is None
+
+    @property
+    def whose(self) -> tuple[int, str]:
+        """Whom the rows of its prompt belong to."""
+        return self.adapter, self.owner
 
     @property
     def penalizing(self) -> bool:

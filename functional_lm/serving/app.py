@@ -82,6 +82,7 @@ def _known(service: Service) -> bool:
     if scheme.lower() == "basic" and request.path == "/" and request.authorization is not None:
         scheme, given = "bearer", request.authorization.password or ""
     shown = hashlib.sha256(given.encode()).digest()
+    g.owner = shown.hex()
     equal = [hmac.compare_digest(shown, hashlib.sha256(key.encode()).digest()) for key in service.api_keys]
     return scheme.lower() == "bearer" and any(equal)
 

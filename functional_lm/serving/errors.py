@@ -11,13 +11,14 @@ from functional_lm.errors import FunctionalLMError
 from functional_lm.inference.engine import Busy, Closed, StepFailed, TooMuch
 from functional_lm.serving.service import NotFound
 
+MOST = 300  # characters of a message, which may quote what a client wrote
 log = logging.getLogger("functional_lm.serve")
 
 
 def answer(code: int, message: str, kind: str | None = None) -> Response:
     """OpenAI's shape; what is worth another try says when."""
     family = "server_error" if code >= 500 else "invalid_request_error"
-    response = jsonify(error={"message": message, "type": family, "param": None, "code": kind})
+    response = jsonify(error={"message": " ".join(message.split())[:MOST], "type": family, "param": None, "code": kind})
     response.status_code = code
     if code in (429, 503):
         response.headers["Retry-After"] = "1" if code == 429 else "5"

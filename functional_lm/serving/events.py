@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flask import Response, g, request
@@ -22,10 +22,11 @@ def ask(service: Service, requests: Sequence[Request], stops: Sequence[str]) -> 
     """Submit all or none; the answers are given up when the client leaves."""
     service.room(len(requests))
     gone = request.environ.get("waitress.client_disconnected")
+    owner: str = g.get("owner", "")
     answers: list[Answer] = []
     with ExitStack() as undo:
         for one in requests:
-            answers.append(Answer(service.engine.submit(one), service.tokenizer, stops))
+            answers.append(Answer(service.engine.submit(replace(one, owner=owner)), service.tokenizer, stops))
             undo.callback(answers[-1].handle.cancel)
             if gone is not None:
                 answers[-1].gone = gone

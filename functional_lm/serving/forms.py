@@ -102,7 +102,7 @@ class Completion(OpenAI):
     prompt: str | list[str] | Ids | list[Ids] = ""
     max_tokens: Whole = Field(16, ge=1, le=10**9)
     echo: bool = False
-    best_of: Whole | None = None
+    best_of: Whole | None = Field(None, ge=1, le=MOST_CHOICES)
     suffix: str | None = None
     logprobs: Whole | None = Field(None, ge=0, le=20)
 

@@ -11,7 +11,7 @@ from functional_lm.serving.service import Service
 
 
 def document(service: Service) -> Response:
-    return jsonify(openapi.document(ROUTES, version(), bool(service.api_keys)))
+    return jsonify(openapi.document(ROUTES, version().rpartition(" ")[2], bool(service.api_keys)))
 
 
 ROUTES: tuple[Route, ...] = (

@@ -10,12 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from functional_lm.errors import FunctionalLMError, UsageError
 from functional_lm.inference.engine import Engine, Request, TooMuch
 from functional_lm.serving import forms
-from functional_lm.serving.answer import Answer
 from functional_lm.text import chat
 from functional_lm.text.interface import ASSISTANT
 from functional_lm.text.tokenizer import Tokenizer
@@ -160,10 +158,6 @@ class Service:
             echo and logprobs is not None,
             self.named(form.model),
         )
-
-    def submit(self, form: forms.Sampled, *what: Any, **how: Any) -> Answer:
-        """Ask the engine; arguments as `request` takes them."""
-        return Answer(self.engine.submit(self.request(form, *what, **how)), self.tokenizer, form.stops)
 
     @staticmethod
     def _token(name: str) -> int:
