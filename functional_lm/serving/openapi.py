@@ -74,7 +74,7 @@ def _operation(route: Route, locked: bool) -> dict[str, Any]:
     if route.media != "application/json":
         content[route.media]["schema"] = {"type": "string"}
     if route.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {"description": "With stream true: an event for each piece"}}
     answers: dict[str, Any] = {"200": {"description": "As asked", "content": content}}
     for code in _refusals(route, locked):
         refusal = {"application/json": {"schema": replies.schema(replies.Error)}}
