@@ -19,7 +19,7 @@ def page(service: Service) -> Response:
 def health(service: Service) -> Response:
     if service.obstacle is not None:
         return errors.answer(503, service.obstacle, "unavailable")
-    return jsonify(status="ok", model=service.names[0])
+    return jsonify(status="ok", model=service.names[0], locked=bool(service.api_keys))
 
 
 def stats(service: Service) -> Response:

@@ -25,6 +25,7 @@ class Error(Reply):
 class Health(Reply):
     status: Literal["ok"]
     model: str
+    locked: bool  # whether the other routes ask for a key
 
 
 class Stats(Reply):
