@@ -105,4 +105,4 @@ def test_what_is_made_of_the_document_breaks_nothing(client: Any, number: int) -
 @pytest.mark.long
 @pytest.mark.parametrize("number", range(len(ROUTES)), ids=[f"{route.method} {route.path}" for route in ROUTES])
 def test_nor_do_many_more(client: Any, number: int) -> None:
-    examples(client, 400, number)
+    examples(client, 100, number)

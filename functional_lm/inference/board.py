@@ -70,15 +70,23 @@ class Board:
         own = keys.key(0, self._device).expand(self.slots, 2).clone()
         return Slots(whole(0), whole(0), whole(0), own, sampling, penalties, whole(0))
 
-    def warm(self, phase: Callable[[str], AbstractContextManager[Any]]) -> None:
-        """Run every graph once, so that nothing compiles while somebody waits; each inside a `phase` of its name."""
+    def warm(
+        self,
+        phase: Callable[[str], AbstractContextManager[Any]],
+        scored: Sequence[bool] = (False, True),
+        plain: Sequence[bool] = (True, False),
+    ) -> None:
+        """Run every graph that is wanted once, so that nothing compiles while somebody waits; each in a named `phase`.
+
+        `scored` are the ways to read, `plain` those to write.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            for scored, name in ((False, "reading"), (True, "reading with logprobs")):
-                with phase(name):
-                    self.read(0, (0, 0), 0, scored)
-            for plain, name in ((True, "writing"), (False, "writing with penalties and logprobs")):
-                with phase(name):
-                    self.step([], plain)
+            for way in scored:
+                with phase("reading with logprobs" if way else "reading"):
+                    self.read(0, (0, 0), 0, way)
+            for way in plain:
+                with phase("writing" if way else "writing with penalties and logprobs"):
+                    self.step([], way)
         self.reset()
 
     def reset(self) -> None:

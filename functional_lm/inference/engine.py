@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -93,9 +93,14 @@ class Engine:
 
     # From other threads -----------------------------------------------------------------------------------------------
 
-    def start(self, phase: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> Engine:
-        """Run every graph once, each in a `phase(name)`, so that nothing compiles while somebody waits; then serve."""
-        self.board.warm(phase)
+    def start(
+        self,
+        phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        scored: Sequence[bool] = (False, True),
+        plain: Sequence[bool] = (True, False),
+    ) -> Engine:
+        """Run every graph (`Board.warm`) once, so that nothing compiles while somebody waits; then serve."""
+        self.board.warm(phase, scored, plain)
         self._thread.start()
         return self
 
