@@ -43,7 +43,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# What the long tests ask besides. llama.cpp is compiled, which takes some 8 minutes; where it cannot be, the tests that ask it are skipped.
+# What the long tests ask besides. llama.cpp is compiled, which takes some 8 minutes; where it cannot be, the tests that
+# ask it are skipped.
 $(VENV)/installed-long: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,harness]"
 	-CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF" \
