@@ -126,6 +126,11 @@ class Handle:
         if self.error is not None:
             raise self.error
 
+    @property
+    def pending(self) -> bool:
+        """Whether a token (or the end) is there already."""
+        return not self._tokens.empty()
+
     def cancel(self) -> None:
         """Give the slot back soon; what has been said stays."""
         self._cancelled.set()

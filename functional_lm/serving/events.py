@@ -74,10 +74,14 @@ def stream(answers: Sequence[Answer], script: Script) -> Response:
         pieces = iter(answer)
         first = next(pieces, None) if script.late else None
         yield from script.begin(i)
-        if first is not None:
-            yield script.piece(i, first)
+        held = first or ""
         for text in pieces:
-            yield script.piece(i, text)
+            held += text
+            if not answer.handle.pending:  # what is there already goes out together: a lagging stream costs less
+                yield script.piece(i, held)
+                held = ""
+        if held:
+            yield script.piece(i, held)
         yield script.end(i)
 
     def events() -> Iterator[str]:
