@@ -18,7 +18,7 @@ train: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
-test-all: $(VENV)/installed-llama
+test-all: $(VENV)/installed-long
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/installed-dev
@@ -43,8 +43,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# llama.cpp is compiled, which takes some 8 minutes; where it cannot be, the tests that ask it are skipped.
-$(VENV)/installed-llama: $(VENV)/installed-dev
+# What the long tests ask besides. llama.cpp is compiled, which takes some 8 minutes; where it cannot be, the tests that
+# ask it are skipped.
+$(VENV)/installed-long: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,harness]"
 	-CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF" \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	touch $@

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from functional_lm import console
 from functional_lm.cli import Command, main_single
+from functional_lm.errors import UsageError
 from functional_lm.options import REQUIRED, option
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class GenerateFlags:
     adapter: str | None = option(None, "adapter folder (PEFT's form) to merge into the model")
     any_base: bool = option(False, "use an adapter that was trained on another base all the same")
     prompt: str = option("", "text to go on from; empty: the beginning of a document")
+    prompts: str | None = option(
+        None, "file of prompts instead (.jsonl: rows with a prompt and settings of their own; else a prompt a line)"
+    )
+    slots: int = option(8, "with --prompts: texts that are written at once", low=1, high=1024)
     max_tokens: int = option(200, "longest continuation", low=1, aliases=("max_new_tokens",))
     temperature: float = option(0.8, "0: always the likeliest token", low=0, group="Sampling")
     top_k: int = option(0, "draw from the k likeliest tokens; 0: off", low=0, group="Sampling")
@@ -76,10 +81,17 @@ def opened(options: GenerateFlags | ChatFlags) -> Opened:
 
 
 def run(options: GenerateFlags) -> int:
-    """Print the prompt and its continuation; what it took goes to stderr."""
+    """Print the prompt and its continuation (a line of JSON for each of many); what it took goes to stderr."""
+    from functional_lm import batch
     from functional_lm.inference import text
     from functional_lm.inference.generate import GenerateOptions, decoder, generate
 
+    if options.prompts is not None:
+        if options.prompt:
+            raise UsageError("give either --prompt or --prompts")
+        batch.read(options.prompts, options)  # what is wrong there is said before a model is loaded
+        batch.run(options, options.prompts, opened(options))
+        return 0
     weights, config, tokenizer, compile = opened(options)
     prompt = tokenizer.encode(options.prompt) or [tokenizer.bos_id]
     how = GenerateOptions(

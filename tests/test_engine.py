@@ -186,7 +186,7 @@ def test_a_flood_is_refused_and_forgotten() -> None:
 
 def test_a_failing_step_fails_its_requests_and_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Engine(PARAMS, CONFIG, slots=2, compile=False).start()
-    step, calls = small._steps[True], []
+    step, calls = small.board.steps[True], []
 
     def breaks(*arguments: Any) -> Any:
         calls.append(1)
@@ -194,7 +194,7 @@ def test_a_failing_step_fails_its_requests_and_the_next_is_served(monkeypatch: p
             raise RuntimeError("a cosmic ray")
         return step(*arguments)
 
-    monkeypatch.setitem(small._steps, True, breaks)
+    monkeypatch.setitem(small.board.steps, True, breaks)
     handle = small.submit(Request((1,), 20))
     with pytest.raises(FunctionalLMError, match="a cosmic ray"):
         list(handle)

@@ -16,30 +16,22 @@ flask = pytest.importorskip("flask")
 openai = pytest.importorskip("openai")
 waitress = pytest.importorskip("waitress")
 
-from functional_lm import keys, tree  # noqa: E402
+from served import CONFIG, KEY, PARAMS, TEXT, TOKENIZER, drawn_adapter, listening, offline, post, serving  # noqa: E402
+
 from functional_lm.inference import generate as tokens  # noqa: E402
 from functional_lm.inference import text as writing  # noqa: E402
 from functional_lm.inference.engine import Engine, Handle, Request  # noqa: E402
 from functional_lm.model import lora, transformer  # noqa: E402
-from functional_lm.model.config import ModelConfig  # noqa: E402
 from functional_lm.serving.answer import Answer  # noqa: E402
 from functional_lm.serving.app import Service, create  # noqa: E402
 from functional_lm.text import tokenizer as tokenizers  # noqa: E402
 from functional_lm.text.interface import ASSISTANT, END, USER  # noqa: E402
 
-TEXT = "The quick brown fox jumps over the lazy dog. Ünïcödé, naïve café, 日本語 too!\n" * 30
-TOKENIZER = tokenizers.train([TEXT], "bpe", 330)
-CONFIG = ModelConfig(vocab_size=TOKENIZER.vocab_size, d_model=32, n_layers=1, n_heads=4, max_len=96)
-PARAMS = tree.map(lambda leaf: 3 * leaf, transformer.init(CONFIG, keys.key(0)))
-KEY = "sk-it-is-me"
-
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    engine = Engine(PARAMS, CONFIG, slots=3, waiting=20, compile=False).start()
-    yield Service(engine, TOKENIZER, ("fox",), (KEY, "sk-another"), body_bytes=100_000)
-    engine.close()
-    assert engine.stats()["running"] == engine.stats()["waiting"] == 0
+    with serving(api_keys=(KEY, "sk-another"), body_bytes=100_000) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +42,8 @@ def client(service: Service) -> Any:
 @pytest.fixture(scope="module")
 def remote(service: Service) -> Iterator[Any]:
     """OpenAI's client at the other end of a socket."""
-    server = waitress.create_server(create(service), host="127.0.0.1", port=0, threads=8, channel_request_lookahead=1)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    yield openai.OpenAI(api_key=KEY, base_url=f"http://127.0.0.1:{server.effective_port}/v1", max_retries=0)
-    server.close()
-
-
-def post(client: Any, path: str, body: Any, key: str | None = KEY) -> tuple[int, Any]:
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    answer = client.post(path, data=body if isinstance(body, (str, bytes)) else json.dumps(body), headers=headers)
-    return answer.status_code, answer.get_json(silent=True) or answer.get_data(as_text=True)
-
-
-def offline(prompt: str | list[int], count: int, temperature: float = 0.0, seed: int = 0) -> str:
-    """The same text without engine and server."""
-    how = tokens.GenerateOptions(count, temperature, seed=seed, stop_ids=(TOKENIZER.eos_id,))
-    return "".join(writing.stream(PARAMS, tokens.decoder(CONFIG, compile=False), TOKENIZER, prompt, how))
+    with listening(service) as address:
+        yield openai.OpenAI(api_key=KEY, base_url=f"{address}/v1", max_retries=0)
 
 
 # OpenAI's client ------------------------------------------------------------------------------------------------------
@@ -200,15 +177,6 @@ def test_adapters_are_models_of_their_own() -> None:
     engine.close()
 
 
-def drawn_adapter(seed: int) -> tree.Tree:
-    """One that has been trained, so to say: B is not zero any more."""
-    adapter = lora.init(PARAMS, "all-linear", 2, keys.key(seed))
-    key = keys.key(seed + 100)
-    return tree.map_named(
-        lambda name, leaf: keys.normal(keys.fold_in_name(key, name), leaf.shape) if "lora_B" in name else leaf, adapter
-    )
-
-
 # Other routes ---------------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +202,7 @@ def test_health_is_public_and_true(client: Any, service: Service, monkeypatch: p
     monkeypatch.setattr(service.engine, "failure", SystemExit("gone"))
     answer = client.get("/health")
     assert (answer.status_code, "the engine has stopped" in answer.get_json()["error"]["message"]) == (503, True)
-    assert post(client, "/v1/completions", {"prompt": "x"})[0] == 429
+    assert post(client, "/v1/completions", {"prompt": "x"})[0] == 503
 
 
 def test_the_page_brings_all_that_it_needs(client: Any) -> None:
@@ -264,7 +232,7 @@ def test_no_value_of_any_field_breaks_the_server(client: Any, route: str, fields
     own = {"messages": [{"role": "user", "content": "x"}]} if "chat" in route else {"prompt": "x"}
     limit = {"max_new_tokens": 2} if route == "/generate" else {"max_tokens": 2}
     code, answer = post(client, route, {**own, **limit, **fields})
-    assert code in (200, 400, 404), answer
+    assert code in (200, 400, 404, 422), answer
     if code != 200:
         assert set(answer["error"]) == {"message", "type", "param", "code"}
         assert len(answer["error"]["message"].splitlines()) == 1
@@ -276,17 +244,15 @@ def test_no_value_of_any_field_breaks_the_server(client: Any, route: str, fields
         ({"prompt": "x", "temperature": -1}, "temperature"),
         ({"prompt": "x", "temprature": 1}, "temprature"),
         ({"prompt": [0, 99999]}, "token 99999 is outside the vocabulary"),
-        ({"prompt": "x " * 3000}, "the prompt has"),
         ({"prompt": "\ud800"}, "surrogate"),
-        ({"prompt": "x", "n": 17}, "n"),
         ({"prompt": "x", "best_of": 3}, "best_of is 3"),
         ({"prompt": "x", "suffix": "y"}, "suffix is not served"),
-        ({"prompt": "x", "logprobs": 21}, "logprobs"),
-        ({"prompt": "x", "logprobs": 2, "stream": True}, "logprobs are not served in a stream"),
+        ({"prompt": "x", "stream_options": {}}, "stream_options goes with stream"),
+        ({"prompt": []}, "prompt holds nothing"),
         ({"prompt": "x", "tools": [1]}, "tools are not served"),
         ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format can only be text"),
         ({"prompt": "x", "logit_bias": {"one": 1}}, "'one' is no token id"),
-        ({"prompt": "x", "stop": [""]}, "stop can be up to"),
+        ({"prompt": "x", "stop": [""]}, "stop holds an empty text"),
         ("[1, 2", ""),
         ("[1, 2]", "the body has to be a JSON object"),
         ("[" * 20000, ""),
@@ -299,6 +265,24 @@ def test_what_is_wrong_is_named(client: Any, body: Any, words: str) -> None:
     assert words in answer["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": "x " * 3000}, "the prompt has"),
+        ({"prompt": "x", "n": 17}, "n: "),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": "x", "max_tokens": 10**10}, "max_tokens"),
+        ({"prompt": "x", "stop": ["a"] * 17}, "stop holds 17 texts"),
+        ({"prompt": ["x"] * 65}, "prompt holds 65 prompts"),
+        ({"prompt": ["x"] * 4, "n": 6}, "24 answers at once are more than the 20"),
+    ],
+)
+def test_what_is_too_much_is_named(client: Any, body: Any, words: str) -> None:
+    code, answer = post(client, "/v1/completions", body)
+    assert code == 422
+    assert words in answer["error"]["message"]
+
+
 def test_large_bodies_and_missing_keys_are_turned_away(client: Any) -> None:
     assert post(client, "/v1/completions", {"prompt": "x" * 200_000})[0] == 413
     for key in (None, "", "sk-wrong", KEY[:-1], "ü"):
@@ -306,16 +290,6 @@ def test_large_bodies_and_missing_keys_are_turned_away(client: Any) -> None:
     assert post(client, "/v1/completions", {"prompt": "x", "max_tokens": 1}, "sk-another")[0] == 200
     assert client.get("/nowhere", headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
     assert client.get("/v1/completions", headers={"Authorization": f"Bearer {KEY}"}).status_code == 405
-
-
-def test_a_flood_is_told_to_come_back() -> None:
-    engine = Engine(PARAMS, CONFIG, slots=1, waiting=1, compile=False).start()
-    client = create(Service(engine, TOKENIZER, ("fox",))).test_client()
-    answer = client.post("/v1/completions", json={"prompt": ["a", "b", "c", "d", "e"], "max_tokens": 80, "seed": 1})
-    assert answer.status_code == 429
-    assert answer.headers["Retry-After"] == "1"
-    engine.close()
-    assert engine.stats()["running"] == 0
 
 
 # Stop texts -----------------------------------------------------------------------------------------------------------
@@ -331,8 +305,8 @@ def test_a_stop_text_is_cut_off_wherever_tokens_split_it(text: str, stops: list[
     tokenizer = tokenizers.train((), "bytes")
     handle = Handle(Request((1,)))
     for token in tokenizer.encode(text):
-        handle._say(token)
-    handle._end("length")
+        handle.say(token)
+    handle.end("length")
     answer = Answer(handle, tokenizer, stops)
     pieces = list(answer)
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]

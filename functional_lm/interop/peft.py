@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from functional_lm import files, tree
-from functional_lm.errors import DataError
+from functional_lm.errors import DataError, UsageError
 from functional_lm.model import lora
 from functional_lm.model.config import read_object
 from functional_lm.model.lora import EMBEDDING
@@ -167,6 +167,31 @@ def load_adapter(folder: str | Path, params: Tree, any_base: bool = False, devic
     """
     digest = None if any_base or "digest" not in _record(Path(folder) / WEIGHTS) else tree.digest(params)
     return load(folder, params, digest, device)[0]
+
+
+def opener(
+    root: str | Path, params: Tree, digest: str | None = None, device: torch.device | str = "cpu"
+) -> Callable[[str], Tree]:
+    """A function from a path below `root` to the adapter there; of `params` the shapes alone are kept.
+
+    It raises UsageError for a path that leads out of `root` (by links too), DataError as `load` does. Raises UsageError
+    where `root` is no folder.
+    """
+    root = Path(root).resolve()
+    if not root.is_dir():
+        raise UsageError(f"no folder of adapters at {root}")
+    shapes = tree.map(lambda leaf: leaf.to("meta"), params)
+
+    def opened(path: str) -> Tree:
+        if "\0" in path or not (root / path).resolve().is_relative_to(root):
+            raise UsageError("the path leads out of the folder of adapters")
+        found = (root / path).resolve()
+        try:
+            return load(found, shapes, digest, device)[0]
+        except DataError as error:  # where the folder lies is nothing to the client
+            raise DataError(str(error).replace(f"{root}", ".")) from None
+
+    return opened
 
 
 def _record(path: Path) -> dict[str, Any]:

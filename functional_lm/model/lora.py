@@ -239,6 +239,43 @@ def stack(params: Tree, adapters: Sequence[Tree]) -> Tree:
     return tree.unflatten(flat)
 
 
+def room(params: Tree, adapters: Sequence[Tree], size: int, rank: int, dtype: torch.dtype = torch.float32) -> Tree:
+    """`stack` with entries for `size` adapters of up to `rank` on every projection inside the layers; `put` fills them.
+
+    Raises UsageError where what is given needs more.
+    """
+    if len(adapters) > size:
+        raise UsageError(f"{len(adapters)} adapters are more than the {size} that there is room for")
+    ranks = [leaves["lora_A"].shape[0] for adapter in adapters for leaves in projections(adapter).values()]
+    if max(ranks, default=0) > rank:
+        raise UsageError(f"an adapter has rank {max(ranks)}; the largest that there is room for is {rank}")
+    device = tree.leaves(params)[0].device
+    blank = tree.map(torch.zeros_like, init(params, ALL_LINEAR, rank, keys.key(0, device), dtype=dtype))
+    return stack(params, [*adapters, *[blank] * (size - len(adapters))])
+
+
+def put(bank: Tree, row: int, adapter: Tree) -> None:
+    """Write an adapter over entry `row` of a bank, in place, zeros where it has none.
+
+    Raises DataError, before anything is written, for what the bank has no place for.
+    """
+    there, parts = tree.flatten(bank), {path: tree.flatten(leaves) for path, leaves in projections(adapter).items()}
+    for path, leaves in parts.items():
+        held, rank = there.get(f"{path}.lora_A"), leaves["lora_A"].shape[0]
+        if held is None:
+            raise DataError(f"the adapter adapts {path!r}, for which there is no room here; load it at the start")
+        if rank > held.shape[1]:
+            raise DataError(f"the adapter has rank {rank} at {path!r}; there is room for {held.shape[1]}")
+        if "lora_magnitude" in leaves:
+            raise DataError(f"the adapter is DoRA's at {path!r}, which has no room here; load it at the start")
+    for name, rows in there.items():
+        path, _, kind = name.rpartition(".")
+        leaf = parts.get(path, {}).get(kind)
+        rows[row] = 1.0 if kind == "lora_gain" else 0.0
+        if leaf is not None:
+            rows[row][tuple(slice(size) for size in leaf.shape)] = leaf
+
+
 def entries(bank: Tree) -> int:
     """How many adapters a bank holds beside the entry that changes nothing."""
     return next(leaf.shape[0] for name, leaf in tree.flatten(bank).items() if name.endswith("lora_scale")) - 1

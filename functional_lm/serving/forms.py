@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from functional_lm.errors import UsageError
+from functional_lm.inference.requests import TooMuch
 
 MOST_CHOICES, MOST_STOPS, MOST_PROMPTS = 16, 16, 64
 SEEDS = 2**63
@@ -54,8 +55,10 @@ class Sampled(Form):
     def stops(self) -> list[str]:
         """Texts that end the answer."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(given) > MOST_STOPS or any(not text for text in given):
-            raise UsageError(f"stop can be up to {MOST_STOPS} texts, none of them empty")
+        if len(given) > MOST_STOPS:
+            raise TooMuch(f"stop holds {len(given)} texts; it can be up to {MOST_STOPS}")
+        if any(not text for text in given):
+            raise UsageError("stop holds an empty text")
         return given
 
 
@@ -79,8 +82,13 @@ class OpenAI(Sampled):
             raise UsageError("response_format can only be text here")
         if self.tools or self.tool_choice not in (None, "none"):
             raise UsageError("tools are not served here")
-        if self.stream and self.told is not None:
-            raise UsageError("logprobs are not served in a stream")
+        if self.stream_options is not None and not self.stream:
+            raise UsageError("stream_options goes with stream true")
+
+    @property
+    def counting(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def told(self) -> int | None:
@@ -94,7 +102,7 @@ class Completion(OpenAI):
     prompt: str | list[str] | Ids | list[Ids] = ""
     max_tokens: Whole = Field(16, ge=1, le=10**9)
     echo: bool = False
-    best_of: Whole | None = None
+    best_of: Whole | None = Field(None, ge=1, le=MOST_CHOICES)
     suffix: str | None = None
     logprobs: Whole | None = Field(None, ge=0, le=20)
 
@@ -115,8 +123,10 @@ class Completion(OpenAI):
         given = self.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             return [given]
-        if not 1 <= len(given) <= MOST_PROMPTS:
-            raise UsageError(f"prompt holds {len(given)} prompts; it has to be 1 to {MOST_PROMPTS}")
+        if not given:
+            raise UsageError("prompt holds nothing; give a text, token ids, or a list of one of them")
+        if len(given) > MOST_PROMPTS:
+            raise TooMuch(f"prompt holds {len(given)} prompts; it can be up to {MOST_PROMPTS}")
         return given  # type: ignore[return-value]
 
 
@@ -135,6 +145,10 @@ class Chat(OpenAI):
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     parallel_tool_calls: bool | None = None
+
+    @property
+    def most(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
     def told(self) -> int | None:
@@ -170,8 +184,24 @@ class Detokenize(Form):
     tokens: Ids = Field(max_length=10**6)
 
 
+class LoadAdapter(Form):
+    """POST /v1/load_lora_adapter, as vLLM has it; the path is one in the server's --adapter_folder."""
+
+    lora_name: str = Field(max_length=128)
+    lora_path: str = Field(max_length=1024)
+
+
+class UnloadAdapter(Form):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str = Field(max_length=128)
+
+
+LIMITS = ("less_than", "less_than_equal", "too_long", "string_too_long")  # pydantic's words for more than is allowed
+
+
 def read(form: type[Form], value: Any) -> Any:
-    """The form that a body is. Raises UsageError naming the first field that is wrong."""
+    """The form that a body is. Raises UsageError (TooMuch beyond a limit) naming the first wrong field."""
     if not isinstance(value, dict):
         raise UsageError("the body has to be a JSON object")
     try:
@@ -179,4 +209,5 @@ def read(form: type[Form], value: Any) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"][:2]) or "the body"
-        raise UsageError(f"{name[:80]}: {first['msg'][:200]}") from None
+        kind = TooMuch if first["type"] in LIMITS else UsageError
+        raise kind(f"{name[:80]}: {first['msg'][:200]}") from None

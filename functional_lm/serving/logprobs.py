@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from functional_lm.inference.engine import Scored
-from functional_lm.serving.answer import Answer
+from functional_lm.inference.engine import Handle, Scored
 from functional_lm.text.tokenizer import Tokenizer, utf8_decoder
 
 
-def of_completion(answer: Answer, tokenizer: Tokenizer, echo: bool) -> dict[str, list[Any]]:
-    """The form of /v1/completions: four lists side by side, the prompt's tokens first where it is echoed.
+class Lists:
+    """The form of /v1/completions: four lists side by side, told piece by piece.
 
     The first token of a prompt has no likelihood. A token that ended the text is the last of the lists.
     """
-    handle = answer.handle
-    prompt = list(handle.request.prompt) if echo else []
-    tokens = [*prompt, *(scored.token for scored in handle.scores)]
-    scores: list[Scored | None] = [None, *handle.prompt_scores] if echo else []
-    scores += handle.scores
-    offsets, decoder, length = [], utf8_decoder(), 0
-    for token in tokens:
-        offsets.append(length)
-        length += len(decoder.decode(tokenizer.decode_bytes([token])))
-    return {
-        "tokens": [_shown(token, tokenizer) for token in tokens],
-        "token_logprobs": [None if scored is None else scored.logprob for scored in scores],
-        "top_logprobs": [None if scored is None else _named(scored, tokenizer) for scored in scores],
-        "text_offset": offsets,
-    }
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._decoder, self._length = tokenizer, utf8_decoder(), 0
+
+    def prompt(self, handle: Handle) -> dict[str, list[Any]]:
+        """The tokens of an echoed prompt."""
+        return self._more([(handle.request.prompt[0], None), *((one.token, one) for one in handle.prompt_scores)])
+
+    def said(self, scores: Iterable[Scored]) -> dict[str, list[Any]]:
+        """Further tokens of the answer."""
+        return self._more([(scored.token, scored) for scored in scores])
+
+    def _more(self, told: Sequence[tuple[int, Scored | None]]) -> dict[str, list[Any]]:
+        offsets = []
+        for token, _ in told:
+            offsets.append(self._length)
+            self._length += len(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+        return {
+            "tokens": [_shown(token, self._tokenizer) for token, _ in told],
+            "token_logprobs": [None if scored is None else scored.logprob for _, scored in told],
+            "top_logprobs": [None if scored is None else _named(scored, self._tokenizer) for _, scored in told],
+            "text_offset": offsets,
+        }
 
 
-def of_chat(answer: Answer, tokenizer: Tokenizer) -> dict[str, list[Any]]:
-    """The form of /v1/chat/completions: an entry for each token of the answer."""
+def joined(first: dict[str, list[Any]], second: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Lists one behind the other."""
+    return {name: first[name] + second[name] for name in first}
+
+
+def of_chat(scores: Iterable[Scored], ends: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The form of /v1/chat/completions: an entry for each token but those that end an answer."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         return {
@@ -43,10 +56,10 @@ def of_chat(answer: Answer, tokenizer: Tokenizer) -> dict[str, list[Any]]:
 
     content = [
         {**entry(scored.token, scored.logprob), "top_logprobs": [entry(*pair) for pair in scored.likeliest.items()]}
-        for scored in answer.handle.scores
-        if scored.token not in answer.handle.request.stop_ids
+        for scored in scores
+        if scored.token not in ends
     ]
-    return {"content": content}
+    return {"content": content, "refusal": None}
 
 
 def _shown(token: int, tokenizer: Tokenizer) -> str:
