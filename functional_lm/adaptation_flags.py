@@ -8,12 +8,6 @@ from functional_lm.options import REQUIRED, option
 from functional_lm.training_flags import TrainingFlags
 
 EPOCHS = 3.0  # where no length is given
-# Flags that make the run what it is; the rest may change when it goes on.
-FIXED = (
-    "model", "data", "val_fraction", "batch_size", "block_size", "gradient_accumulation_steps", "optimizer", "dtype",
-    "seed", "packing", "ema_decay",
-)  # fmt: skip
-FIXED_LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "rslora", "dora")
 
 
 @dataclass(frozen=True)

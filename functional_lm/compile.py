@@ -130,6 +130,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def use_threads(count: int | None) -> int:
+    """How many threads products on the CPU are shared out to, from now on; None leaves torch's choice. Sums in another
+    number of parts differ in their last bits."""
+    if count is not None:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to; for timing only."""
     if device.type == "cuda":

@@ -1,37 +1,41 @@
-"""The one door to the disk for everything that must survive a crash.
+"""The one way to the disk for everything that must survive a crash.
 
 A file or folder appears under its final name only when it is whole: it is written beside its place, synced and
-renamed. The rename replaces atomically; the parent folder is synced so that the new name survives a power cut.
+renamed. The rename replaces atomically; the parent folder is synced so that the new name survives a power cut. Every
+single operation is one of `disk.py`, where a test can make it fail.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import sys
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from functional_lm import disk
+from functional_lm.disk import make_folder, remove, sync
 from functional_lm.errors import DataError, UsageError
 
-if sys.platform != "win32":
-    import fcntl
+__all__ = [
+    "Journal",
+    "append",
+    "beside",
+    "discard",
+    "journal",
+    "locked",
+    "make_folder",
+    "read_json",
+    "refuse_existing",
+    "remove",
+]
+__all__ += ["replace", "safetensors_header", "sweep", "sync", "write_json", "write_text", "write_with", "writing"]
+__all__ += ["writing_folder"]
 
 TEMPORARY, UNFINISHED = ".tmp-", ".part-"
-
-
-def sync(path: Path) -> None:
-    """Flush a file's bytes, or a folder's names, to the disk."""
-    flags = os.O_RDONLY
-    with suppress(PermissionError):  # Windows cannot open a folder
-        descriptor = os.open(path, flags)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+LEFT_OVER = re.compile(re.escape(TEMPORARY) + r"(old-)?\d+-(.+)", re.DOTALL)
 
 
 def beside(path: Path) -> Path:
@@ -40,34 +44,54 @@ def beside(path: Path) -> Path:
 
 
 def replace(source: Path, target: Path) -> None:
-    os.replace(source, target)
+    disk.rename(source, target)
     sync(target.parent)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def discard(path: Path) -> None:
+    """Remove a folder at once, as far as its name goes: a crash on the way leaves no half of it that looks whole."""
+    doomed = beside(path)
+    remove(doomed)
+    disk.rename(path, doomed)
+    remove(doomed)
+    sync(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a crash left half-written anywhere in a folder that nobody else writes to.
+
+    A folder that was about to be replaced, and has not been, gets its name back.
+    """
+    for path in sorted(folder.rglob(f"{TEMPORARY}*"), reverse=True):  # "old-" before the rest
+        match = LEFT_OVER.fullmatch(path.name)
+        if match is None or not path.exists():
+            continue
+        if match[1] and not (path.parent / match[2]).exists():
+            replace(path, path.parent / match[2])
+        else:
+            remove(path)
 
 
 @contextmanager
 def writing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it is synced and takes its name, on failure it is removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = beside(path)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
+        with disk.create(temporary, mode) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            disk.sync_file(file)
         replace(temporary, path)
     except BaseException:
-        remove(temporary)
+        _tidy(temporary)
         raise
+
+
+def _tidy(path: Path) -> None:
+    """Remove what a failure leaves; if the disk does not even let it, the failure itself is what is told."""
+    with suppress(OSError):
+        remove(path)
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -85,44 +109,52 @@ def writing_folder(path: str | Path) -> Iterator[Path]:
     temporary name, never nowhere.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary, old = beside(path), path.parent / f"{TEMPORARY}old-{os.getpid()}-{path.name}"
     remove(temporary)
     try:
-        temporary.mkdir()
+        make_folder(temporary)
         yield temporary
         for entry in sorted(temporary.rglob("*")):
             sync(entry)
         sync(temporary)
         if path.exists():
-            os.replace(path, old)
+            disk.rename(path, old)
         replace(temporary, path)
         remove(old)
     except BaseException:
-        remove(temporary)
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        remove(old)
+        _tidy(temporary)
+        with suppress(OSError):
+            if old.exists() and not path.exists():
+                disk.rename(old, path)
+            remove(old)
         raise
 
 
 def write_with(path: str | Path, write: Callable[[Path], None]) -> None:
     """For libraries that insist on a path: `write(temporary)`, then sync and rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = beside(path)
     try:
-        write(temporary)
+        disk.write_foreign(temporary, write)
         sync(temporary)
         replace(temporary, path)
     except BaseException:
-        remove(temporary)
+        _tidy(temporary)
         raise
 
 
 def write_text(path: str | Path, text: str) -> None:
     with writing(path, "w") as file:
         file.write(text)
+
+
+def append(path: str | Path, anew: bool = False) -> IO[Any]:
+    """A file of lines to go on with, or to begin `anew`; what is written is with the system at once."""
+    path = Path(path)
+    make_folder(path.parent)
+    return disk.create(path, "w" if anew else "a")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -181,7 +213,7 @@ class Journal:
 
     def open(self, name: str) -> IO[bytes]:
         """A file of the folder to read and to write, cut to its valid length, at its end."""
-        stream: IO[bytes] = (self.folder / name).open("a+b" if name in self._lengths else "w+b")
+        stream: IO[bytes] = disk.create(self.folder / name, "a+b" if name in self._lengths else "w+b")
         stream.truncate(self._lengths.get(name, 0))
         stream.seek(0, os.SEEK_END)
         self._streams[name] = stream
@@ -190,8 +222,7 @@ class Journal:
     def commit(self, memory: Any) -> None:
         """What is written by now is valid, and `memory` belongs to it."""
         for stream in self._streams.values():
-            stream.flush()
-            os.fsync(stream.fileno())
+            disk.sync_file(stream)
         self._lengths = {name: os.fstat(stream.fileno()).st_size for name, stream in self._streams.items()}
         write_json(self.folder / "journal.json", {"key": self._key, "lengths": self._lengths, "memory": memory})
         self.memory = memory
@@ -203,8 +234,7 @@ class Journal:
     def finish(self, name: str, path: Path) -> None:
         """A file of the folder is whole: it is synced and takes the place of `path`."""
         stream = self._streams.pop(name)
-        stream.flush()
-        os.fsync(stream.fileno())
+        disk.sync_file(stream)
         stream.close()
         replace(self.folder / name, path)
 
@@ -221,34 +251,33 @@ def journal(path: Path, key: str) -> Iterator[Journal]:
     the same key goes on from there. Raises DataError while another process holds it.
     """
     folder = path.parent / f"{UNFINISHED}{path.name}"
-    with _held(folder, path):
+    make_folder(folder)
+    with locked(folder / "lock", f"another process is writing {path}; wait for it, or choose another place"):
+        make_folder(folder)
         made = Journal(folder, key)
         try:
             yield made
         except BaseException:
             made.close()
             if made.memory is None:
-                remove(folder)
+                _tidy(folder)
             raise
         made.close()
         remove(folder)
 
 
 @contextmanager
-def _held(folder: Path, path: Path) -> Iterator[None]:
-    """The folder, locked (where the system has such locks)."""
-    held = False
-    while not held:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "ab") as lock:
-            if sys.platform != "win32":
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise DataError(
-                        f"another process is writing {path}; wait for it, or choose another place"
-                    ) from None
-            with suppress(FileNotFoundError):  # whoever held it may have removed it just now
-                held = os.fstat(lock.fileno()).st_ino == (folder / "lock").stat().st_ino
-            if held:
-                yield
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file at `path`, which is gone afterwards. Raises DataError(refusal) where another process does."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, blocking=False, is_singleton=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(refusal) from None
+    try:
+        yield
+    finally:
+        _tidy(path)  # while it is held: whoever opened it meanwhile sees that it has lost its name
+        lock.release()

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from functional_lm import console, run_folder, trainer, training_flags, training_report
 from functional_lm.adaptation_flags import (
     EPOCHS,
-    FIXED,
-    FIXED_LORA,
     AdaptationFlags,
     DpoOptions,
     FinetuneOptions,
@@ -65,6 +63,7 @@ class Method(NamedTuple):
     trained: Tree
     whole: Callable[[Tree], Tree]  # of trained leaves: the model to measure and to sample, a compute copy
     score: Score
+    base: str  # digest of what the trained leaves stand in front of, or come from
     written: trainer.Written | None = None
 
 
@@ -78,21 +77,23 @@ def run(options: Options) -> int:
         options = dataclasses.replace(options, epochs=EPOCHS)
     found = _check(options)
     options = training_flags.resolve_machine(options)
-    fixed = (*FIXED, *(FIXED_LORA if isinstance(options, LoraFlags) else ()))
-    checkpoint = run_folder.checkpoint_to_resume(options, {}, out, fixed)
-    if checkpoint is not None and run_folder.is_complete(options, checkpoint, out):
-        return 0
-    model = folder.load(options.model, options.device, quantized=isinstance(options, LoraFlags))
-    conversations.require_markers(model.tokenizer, options.model)
-    options = dataclasses.replace(options, block_size=options.block_size or model.config.max_len)
-    data = _pairs(options, model, found) if isinstance(options, DpoOptions) else _chats(options, model, found)
-    options = training_flags.resolve_length(options, data.per_epoch / options.gradient_accumulation_steps)
-    method = _adapter(options, model) if isinstance(options, LoraFlags) else _everything(options, model)
-    model = model._replace(params={})  # what is needed of them the method has, in the form that it needs
-    run_folder.begin(options, {}, model.config, model.tokenizer, out)
-    return _train(options, model, data, method, checkpoint, training_report.Report(
-        out, options.data, _validation_bytes(options, data, model), training_flags.budget(options), started
-    ))  # fmt: skip
+    with run_folder.held(out):
+        checkpoint = run_folder.checkpoint_to_resume(options, {}, out)
+        if checkpoint is not None and run_folder.is_complete(options, checkpoint, out):
+            return 0
+        model = folder.load(options.model, options.device, quantized=isinstance(options, LoraFlags))
+        conversations.require_markers(model.tokenizer, options.model)
+        options = dataclasses.replace(options, block_size=options.block_size or model.config.max_len)
+        data = _pairs(options, model, found) if isinstance(options, DpoOptions) else _chats(options, model, found)
+        method = _adapter(options, model) if isinstance(options, LoraFlags) else _everything(options, model)
+        model = model._replace(params={})  # what is needed of them the method has, in the form that it needs
+        record = run_folder.begin(options, {}, model.config, model.tokenizer, out)
+        record["inputs"] |= {"text": data.train.digest, "base": method.base}
+        report = training_report.Report(
+            out, options.data, _validation_bytes(options, data, model), training_flags.budget(options), started
+        )
+        options = training_flags.resolve_length(options, data.per_epoch / options.gradient_accumulation_steps)
+        return _train(options, model, data, method, checkpoint, record, report)
 
 
 def _check(options: Options) -> Corpus:
@@ -220,6 +221,7 @@ def _everything(options: Options, model: Model) -> Method:
         tree.cast(model.params, torch.float32),  # masters
         lambda params: compute_copy(params, dtype),
         likelihood.score(config, dtype),
+        tree.digest(model.params),
     )
 
 
@@ -279,6 +281,7 @@ def _adapter(options: Options, model: Model) -> Method:
         trained,
         lambda params: step.whole(params, frozen, dtype),
         score,
+        digest,
         trainer.Written(save, load, use),
     )
 
@@ -292,6 +295,7 @@ def _train(
     data: Data,
     method: Method,
     checkpoint: Path | None,
+    record: Mapping[str, Any],
     report: training_report.Report,
 ) -> int:
     """State, job and loop, then the report."""
@@ -299,7 +303,7 @@ def _train(
     from functional_lm.training import loop
 
     state = method.functions.init(method.trained, keys.fold_in_name(keys.key(options.seed, options.device), "training"))
-    state, memory = trainer.resumed(state, checkpoint)
+    state, memory = trainer.resumed(state, checkpoint, record, options.override)
     job = trainer.Job(
         model.config,
         model.tokenizer,
@@ -310,6 +314,7 @@ def _train(
         sample=lambda params: _answer(options, model, method, data.shown, params),
         steps_per_epoch=data.per_epoch / options.gradient_accumulation_steps,
         written=method.written,
+        record=record,
         unit="pairs" if isinstance(options, DpoOptions) else "tokens",
         sampled=data.sampled,
     )

@@ -101,7 +101,7 @@ def save(folder: str | Path, params: Tree, config: ModelConfig, tokenizer: Token
     if quantize.is_quantized(params) != (plan is not None):
         raise ValueError("quantised parameters are saved with the plan of their quantisation, others without")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     tree.save(params, folder / "model.safetensors")
     dtype = next(leaf.dtype for leaf in tree.leaves(params) if leaf.is_floating_point())
     save_description(folder, config, tokenizer, dtype, plan=plan)

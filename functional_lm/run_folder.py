@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import functional_lm
-from functional_lm import console, files, training_flags
-from functional_lm.errors import UsageError
+from functional_lm import console, disk, files, training_flags
+from functional_lm.errors import DataError, UsageError
 from functional_lm.training_flags import TrainingFlags
 
 if TYPE_CHECKING:
     from functional_lm.model.config import ModelConfig
     from functional_lm.text.tokenizer import Tokenizer
 
+LOCK = ".lock"
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
 
@@ -26,88 +29,201 @@ def holds_model(folder: Path) -> bool:
 
 def check_overwrite(out: Path, read: Iterable[tuple[str, Any]]) -> None:
     """What `--overwrite` removes is a run, and nothing that the new one reads: the flags in `read` with their paths."""
-    if out.exists() and any(out.iterdir()) and not holds_model(out) and not (out / "run.json").exists():
+    there = any(path.name != LOCK for path in out.iterdir()) if out.is_dir() else out.exists()
+    if there and not holds_model(out) and not (out / "run.json").exists():
         raise UsageError(f"--overwrite replaces a run and {out} holds something else; choose another --out")
     for name, value in read:
         if value is not None and Path(value).resolve().is_relative_to(out.resolve()):
             raise UsageError(f"--overwrite would remove --{name} {value}; choose another --out")
 
 
-def checkpoint_to_resume(
-    flags: TrainingFlags, overrides: Mapping[str, Any], out: Path, fixed: Iterable[str]
-) -> Path | None:
-    """Where to go on from, None to start; refuses to write over another run.
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """This process alone trains in `out` as long as the block lasts. Raises DataError where another one does.
 
-    The flags in `fixed`, and the overrides, have to be those that the run began with.
+    A folder that was made for the lock and got nothing else is gone afterwards. One that cannot be written to is not
+    locked: whoever tries to write will be told.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and not os.access(out, os.W_OK):
+        yield
+        return
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    files.make_folder(out)
+    try:
+        with files.locked(out / LOCK, f"another process is training in {out}; wait for it, or choose another --out"):
+            yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                disk.remove_empty(path)
+
+
+def checkpoint_to_resume(flags: TrainingFlags, overrides: Mapping[str, Any], out: Path) -> Path | None:
+    """Where to go on from, None to start. Refuses to write over another run, or to go on as another one.
+
+    Damaged checkpoints are named and passed over. Raises UsageError, and DataError where every one is damaged.
     """
     from functional_lm.training import checkpoint
 
     if flags.overwrite:
         return None
-    found = checkpoint.listing(out / "checkpoints")
+    newest, damaged = checkpoint.newest(out / "checkpoints")
+    for entry in damaged:
+        console.say(f"passing over a damaged checkpoint, which is kept: {entry.reason}")
     if flags.resume not in ("auto", "never"):
         path = Path(flags.resume)
-        if not (path / "training.json").is_file():
+        if not (path / checkpoint.NOTES).is_file():
             raise UsageError(f"--resume {path} is no checkpoint; give a folder such as RUN/checkpoints/step-00001000")
-        if found and path.resolve() != found[-1].resolve():
-            raise UsageError(f"{out} holds a run up to {found[-1].name}; choose another --out to go on from {path}")
-        return path
-    if not found and not holds_model(out):
-        return None
-    if not found or flags.resume == "never":
-        what = "run" if found else "model"
-        raise UsageError(f"{out} already holds a {what}; choose another --out, or --overwrite it")
-    earlier = files.read_json(out / "run.json")
-    if changes := _differences(flags, overrides, earlier, fixed):
-        raise UsageError(f"{out} holds another run ({'; '.join(changes)}); choose another --out, or --overwrite it")
-    if earlier["options"]["compile"] != flags.compile:
-        console.say("compiled and eager steps differ in the last bits: this run is going to have both")
-    return found[-1]
+        if newest and path.resolve() != newest.resolve():
+            raise UsageError(f"{out} holds a run up to {newest.name}; choose another --out to go on from {path}")
+        if why := checkpoint.reason(path):
+            raise DataError(f"--resume {why}")
+        newest = path
+    elif newest is None and holds_model(out):
+        raise UsageError(f"{out} already holds a model; choose another --out, or --overwrite it")
+    elif newest is not None and flags.resume == "never":
+        raise UsageError(f"{out} already holds a run; choose another --out, or --overwrite it")
+    if earlier := _earlier(newest, out):
+        _compare(flags, overrides, earlier, f"{out if newest is None else newest}")
+    return newest
 
 
-def _differences(
-    flags: TrainingFlags, overrides: Mapping[str, Any], earlier: dict[str, Any], fixed: Iterable[str]
-) -> list[str]:
-    """Flags that would make the resumed run another one."""
-    before = {name: earlier["options"].get(name) for name in fixed} | earlier["overrides"]
-    now = {name: getattr(flags, name) for name in fixed} | dict(overrides)
-    now = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}  # as JSON has it
+def _earlier(checkpoint: Path | None, out: Path) -> dict[str, Any]:
+    """What the run says of itself: its checkpoint, or (before the first one) run.json; {} if there is no run."""
+    from functional_lm.training import checkpoint as checkpoints
+
+    if checkpoint is not None:
+        run: dict[str, Any] = checkpoints.notes(checkpoint)["run"]
+        return run
+    if not (out / "run.json").exists():
+        return {}
+    try:
+        found = files.read_json(out / "run.json")
+        options = {name: value for name, value in found["options"].items() if name not in training_flags.FREE}
+        return {"options": options, **{name: found[name] for name in ("overrides", "budget", "versions")}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{out / 'run.json'} is damaged; choose another --out, or --overwrite the run") from error
+
+
+def _compare(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Mapping[str, Any], what: str) -> None:
+    """Refuse, or under --override say, what would make the run another one."""
+    changes = _differences(flags, overrides, earlier)
+    if changes and not flags.override:
+        raise UsageError(
+            f"{what} belongs to another run ({'; '.join(changes)}); --override goes on all the same, --overwrite "
+            "starts again, another --out starts beside it"
+        )
+    if changes:
+        console.say(f"going on as another run: {'; '.join(changes)}")
+    before, now = earlier["versions"]["torch"], _versions()["torch"]
+    if before != now:
+        console.say(
+            f"the run began with torch {before} and goes on with {now}: the last bits of its numbers may differ"
+        )
+
+
+def _differences(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
+    """Every flag that changes what is computed, before and now."""
+    before, now = earlier["options"] | earlier["overrides"], fixed(flags) | _as_json(dict(overrides))
     if flags.block_size is None:
-        before.pop("block_size")
-        now.pop("block_size")
-    names = sorted(before.keys() | now.keys())
-    return [
-        f"--{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
+        before, now = ({**values, "block_size": None} for values in (before, now))
+    if flags.device != "cpu":
+        before, now = ({**values, "threads": None} for values in (before, now))
+    changes = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    return [f"--{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}" for name in changes]
 
 
-def is_complete(flags: TrainingFlags, checkpoint: Path, out: Path) -> bool:
-    """Whether there is nothing left to do; says so."""
-    if not (out / "summary.json").exists():
+def fixed(flags: TrainingFlags) -> dict[str, Any]:
+    """The flags that make a run what it is, as JSON has them."""
+    return _as_json({k: v for k, v in dataclasses.asdict(flags).items() if k not in training_flags.FREE})
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def check_inputs(checkpoint: Path, record: Mapping[str, Any], override: bool) -> None:
+    """Hold the architecture, the text and whatever else `record` names against what the checkpoint's run had.
+
+    Raises DataError; under `override` it is said instead.
+    """
+    from functional_lm.training import checkpoint as checkpoints
+
+    earlier = checkpoints.notes(checkpoint)["run"]
+    model, had = _as_json(record["model"]), earlier["model"]
+    changes = [f"{name} was {had.get(name)}, is {model[name]}" for name in model if had.get(name) != model[name]]
+    inputs = record["inputs"]
+    changes += [f"the {name} has changed" for name in inputs if earlier["inputs"].get(name) != inputs[name]]
+    if changes and not override:
+        raise DataError(f"{checkpoint} belongs to another run ({'; '.join(changes)}); --override goes on all the same")
+    if changes:
+        console.say(f"going on as another run: {'; '.join(changes)}")
+
+
+def is_complete(flags: TrainingFlags, path: Path, out: Path) -> bool:
+    """Whether there is nothing left to do; says so. Refuses another length of a run that has not come to its end."""
+    from functional_lm.training import checkpoint
+
+    notes, asked = checkpoint.notes(path), training_flags.budget(flags)
+    done, summary = notes["step"], _summary(out)
+    ended = summary is not None and summary.get("budget") == notes["run"]["budget"] and summary.get("steps") == done
+    if not ended:
+        _check_length(flags, notes["run"]["budget"], path)
         return False
-    done, summary = files.read_json(checkpoint / "training.json")["step"], files.read_json(out / "summary.json")
+    assert summary is not None
     steps = None if flags.epochs or flags.minutes else flags.steps or training_flags.STEPS
-    if summary.get("budget") != training_flags.budget(flags) and (steps is None or done < steps):
+    if summary["budget"] != asked and (steps is None or done < steps):
         return False
-    loss = summary["val_loss"]
+    loss = summary.get("val_loss")
     measured = "" if loss is None else f", validation loss {loss:.4f}"
     console.say(f"{out} is trained already: {done} steps{measured}")
     console.say("more --steps go on from there, --overwrite starts again, another --out starts beside it")
     return True
 
 
+def _check_length(flags: TrainingFlags, before: Mapping[str, Any], path: Path) -> None:
+    """The learning rate of an unfinished run comes from its length, which may not change on the way."""
+    now = training_flags.budget(flags)
+    changes = [f"--{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    if not changes or not (flags.cooldown or flags.schedule in training_flags.SCHEDULES_OF_LENGTH):
+        return
+    if not flags.override:
+        raise UsageError(
+            f"{path} belongs to a run of another length ({'; '.join(changes)}), from which its learning rates come; "
+            "finish it first, or --override"
+        )
+    console.say(f"going on with learning rates of another length: {'; '.join(changes)}")
+
+
+def _summary(out: Path) -> dict[str, Any] | None:
+    try:
+        found = files.read_json(out / "summary.json")
+        return found if isinstance(found, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
 def begin(
-    flags: TrainingFlags, overrides: Mapping[str, Any], config: ModelConfig, tokenizer: Tokenizer, out: Path
-) -> None:
-    """Make the folder, with the tokenizer and a record of every flag."""
+    flags: TrainingFlags,
+    overrides: Mapping[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    out: Path,
+) -> dict[str, Any]:
+    """Make the folder, with the tokenizer and a record of every flag; returns what a checkpoint keeps of it."""
     if flags.overwrite:
-        files.remove(out)
-    out.mkdir(parents=True, exist_ok=True)
+        for path in out.iterdir() if out.is_dir() else ():
+            if path.name != LOCK:
+                files.remove(path)
+    files.make_folder(out)
+    files.sweep(out)
     tokenizer.save(out)
-    record = {"options": dataclasses.asdict(flags), "overrides": dict(overrides), "model": config.to_json()}
-    files.write_json(out / "run.json", {**record, "versions": _versions()})
+    versions, length = _versions(), training_flags.budget(flags)
+    every = {"options": dataclasses.asdict(flags), "overrides": dict(overrides), "model": config.to_json()}
+    files.write_json(out / "run.json", {**every, "budget": length, "versions": versions})
+    return {**every, "options": fixed(flags), "budget": length, "versions": versions, "inputs": {}}
 
 
 def _versions() -> dict[str, Any]:

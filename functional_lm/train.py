@@ -10,7 +10,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,9 +20,8 @@ from functional_lm.cli import Command, OptionGroup, main_single
 from functional_lm.errors import UsageError
 from functional_lm.model import config as model_config
 from functional_lm.model.config import ModelConfig
-from functional_lm.options import option
-from functional_lm.prepare import KINDS, SOURCES, describe, download_folder, downloads, max_download
-from functional_lm.training_flags import TrainingFlags
+from functional_lm.prepare import describe, downloads
+from functional_lm.pretraining_flags import TrainOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,56 +33,6 @@ if TYPE_CHECKING:
     from functional_lm.training.step import Training, TrainState
     from functional_lm.tree import Tree
 
-DEFAULT_OUT = "runs/train"
-# The rest may change when a run is resumed; these would make it another run.
-FIXED = (
-    "data", "model", "preset", "config", "tokenizer", "tokenizer_type", "vocab_size", "val_fraction", "batch_size",
-    "block_size", "gradient_accumulation_steps", "optimizer", "dtype", "seed", "document_masking", "deduplicate",
-    "packing", "ema_decay", "population", "seeds", "learning_rates", "weight_decays",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SourceFlags:
-    """What `pretrain` learns from, what it begins with, and how many models it trains."""
-
-    data: str = option("stdlib", f"text to learn: {SOURCES}; or tokens: NAME.bin", aliases=("data_path",))
-    use_lmsys_dataset: str | None = option(
-        None, "LMSYS-Chat-1M, a file or folder: learned beside --data, alone if that is not given"
-    )
-    out: str = option(DEFAULT_OUT, "run folder to write", aliases=("output_dir",))
-    model: str | None = option(None, "model folder to go on from", aliases=("model_path",), group="Model")
-    preset: str | None = option(None, "named architecture", choices=tuple(model_config.PRESETS), group="Model")
-    config: str | None = option(None, "architecture from a JSON file", group="Model")
-    tokenizer: str | None = option(None, "tokenizer file or folder to use", aliases=("tokenizer_path",), group="Text")
-    tokenizer_type: str = option("bpe", "kind of tokenizer to train", choices=KINDS, group="Text")
-    vocab_size: int | None = option(
-        None, "vocabulary of a tokenizer trained here; the preset's if not given", low=8, high=1_000_000, group="Text"
-    )
-    val_fraction: float = option(0.05, "share of the tokens kept for validation", low=0, below=1, group="Text")
-    deduplicate: bool = option(True, "drop documents that equal an earlier one", group="Text")
-    packing: bool = option(True, "rows side by side over all text; false: (a part of) one document a row", group="Text")
-    document_masking: bool = option(False, "packed documents do not attend to each other", group="Text")
-    max_download: int = max_download()
-    download_folder: str | None = download_folder()
-
-
-@dataclass(frozen=True)
-class PopulationFlags:
-    """Several trainings in one compiled step."""
-
-    population: int | None = option(None, "models to train at once in one compiled step", low=1, group="Population")
-    seeds: tuple[int, ...] | None = option(
-        None, "a seed for each; --seed and those after it if not given", low=0, group="Population"
-    )
-    learning_rates: tuple[float, ...] | None = option(None, "a peak rate for each", above=0, group="Population")
-    weight_decays: tuple[float, ...] | None = option(None, "a decay for each", low=0, group="Population")
-
-
-@dataclass(frozen=True)
-class TrainOptions(PopulationFlags, TrainingFlags, SourceFlags):
-    """Flags of `pretrain`; any field of the model configuration is a flag too."""
-
 
 class Text(NamedTuple):
     """What there is to learn and to be measured on."""
@@ -92,6 +40,16 @@ class Text(NamedTuple):
     train: View
     validation: View
     validation_bytes: int
+
+
+class Start(NamedTuple):
+    """What is trained, and from where on."""
+
+    tokenizer: Tokenizer
+    config: ModelConfig
+    params: Tree
+    checkpoint: Path | None
+    record: dict[str, Any]  # which run this is
 
 
 class Member(NamedTuple):
@@ -109,15 +67,19 @@ def run(options: TrainOptions, overrides: dict[str, Any]) -> int:
     found = _check(options, overrides)
     exactly = options.vocab_size is not None
     options = training_flags.resolve_machine(_resolve_vocabulary(options, overrides))
-    checkpoint = run_folder.checkpoint_to_resume(options, overrides, out, FIXED)
-    if checkpoint is not None and run_folder.is_complete(options, checkpoint, out):
-        return 0
-    tokenizer, config, params = _tokenizer_and_model(options, overrides, found, out, checkpoint, exactly)
-    options = dataclasses.replace(options, block_size=options.block_size or config.max_len)
-    text = _text(options, tokenizer, found, out)
-    report = training_report.Report(out, options.data, text.validation_bytes, training_flags.budget(options), started)
-    options = training_flags.resolve_length(options, _steps_per_epoch(options, text))
-    return _train(options, tokenizer, config, params, text, report, checkpoint)
+    with run_folder.held(out):
+        checkpoint = run_folder.checkpoint_to_resume(options, overrides, out)
+        if checkpoint is not None and run_folder.is_complete(options, checkpoint, out):
+            return 0
+        tokenizer, config, params = _tokenizer_and_model(options, found, overrides, checkpoint, exactly)
+        options = dataclasses.replace(options, block_size=options.block_size or config.max_len)
+        record = run_folder.begin(options, overrides, config, tokenizer, out)
+        text = _text(options, tokenizer, found, out)
+        budget = training_flags.budget(options)
+        report = training_report.Report(out, options.data, text.validation_bytes, budget, started)
+        options = training_flags.resolve_length(options, _steps_per_epoch(options, text))
+        record["inputs"]["text"] = text.train.dataset.digest
+        return _train(options, Start(tokenizer, config, params, checkpoint, record), text, report)
 
 
 # Before any work ------------------------------------------------------------------------------------------------------
@@ -139,8 +101,9 @@ def _check(options: TrainOptions, overrides: dict[str, Any]) -> Corpus:
     if len(given) > 1:
         raise UsageError(f"--{given[0]} and --{given[1]} both name an architecture; give one of them")
     training_flags.check(options)
-    if options.patience and len(_members(options)) > 1:
-        raise UsageError("--patience ends one training; a --population ends with --steps, --epochs or --minutes")
+    if len(_members(options)) > 1 and (options.patience or options.spike):
+        what = "--patience ends" if options.patience else "--spike turns back"
+        raise UsageError(f"{what} one training; a --population ends with --steps, --epochs or --minutes")
     if options.model is not None and (overrides or options.tokenizer):
         changed = next(iter(overrides), "tokenizer")
         raise UsageError(f"--model brings its own architecture and tokenizer; --{changed} cannot change them")
@@ -203,12 +166,7 @@ def _members(options: TrainOptions) -> list[Member]:
 
 
 def _tokenizer_and_model(
-    options: TrainOptions,
-    overrides: dict[str, Any],
-    found: Corpus,
-    out: Path,
-    checkpoint: Path | None,
-    exactly: bool,
+    options: TrainOptions, found: Corpus, overrides: dict[str, Any], checkpoint: Path | None, exactly: bool
 ) -> tuple[Tokenizer, ModelConfig, Tree]:
     """What is trained: the parts of `--model`, or a tokenizer from the text and a fresh tree from the seed."""
     import torch
@@ -232,8 +190,6 @@ def _tokenizer_and_model(
         seeds = [member.seed for member in _members(options)]
         fresh = [transformer.init(config, keys.fold_in_name(keys.key(s, options.device), "init")) for s in seeds]
         params = tree.stack(fresh) if len(seeds) > 1 else fresh[0]
-    resolved = dataclasses.replace(options, block_size=options.block_size or config.max_len)
-    run_folder.begin(resolved, overrides, config, tokenizer, out)
     return tokenizer, config, params
 
 
@@ -278,22 +234,14 @@ def _steps_per_epoch(options: TrainOptions, text: Text) -> float:
     return dataset.windows_per_epoch(text.train, options.block_size, options.packing) / rows
 
 
-def _train(
-    options: TrainOptions,
-    tokenizer: Tokenizer,
-    config: ModelConfig,
-    params: Tree,
-    text: Text,
-    report: training_report.Report,
-    checkpoint: Path | None,
-) -> int:
+def _train(options: TrainOptions, start: Start, text: Text, report: training_report.Report) -> int:
     """State, job and loop, then the report."""
     from functional_lm import tree
     from functional_lm.training import loop
 
-    models = _members(options)
+    models, (tokenizer, config, params, checkpoint, record) = _members(options), start
     functions = _functions(options, config, len(models) > 1)
-    state, memory = trainer.resumed(_state(options, functions, params), checkpoint)
+    state, memory = trainer.resumed(_state(options, functions, params), checkpoint, record, options.override)
     job = trainer.Job(
         config,
         tokenizer,
@@ -304,6 +252,7 @@ def _train(
         sample=lambda params: training_report.sample(options, params, config, tokenizer, text.validation, text.train),
         steps_per_epoch=_steps_per_epoch(options, text),
         members=len(models) if len(models) > 1 else 0,
+        record=record,
     )
     console.say(training_report.intention(options, tree.size(params), job))
     console.say(training_report.needs(options, job))

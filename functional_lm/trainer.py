@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from functional_lm import console, files
+from functional_lm import console, files, run_folder
 from functional_lm.errors import FunctionalLMError
+from functional_lm.run_saving import Trouble, saving, troubled
 from functional_lm.training_flags import TrainingFlags
 
 if TYPE_CHECKING:
     from functional_lm.evaluation.likelihood import Likelihood
     from functional_lm.model.config import ModelConfig
     from functional_lm.text.tokenizer import Tokenizer
+    from functional_lm.training import loop
     from functional_lm.training.loop import Outcome
     from functional_lm.training.record import Recorder, Values
     from functional_lm.training.step import Batch, Training, TrainState
     from functional_lm.tree import Tree
+
+REWINDS = 5  # of one process, before it gives up
 
 
 class Written(NamedTuple):
@@ -44,6 +49,7 @@ class Job(NamedTuple):
     steps_per_epoch: float
     members: int = 0  # of a population; 0: one model
     written: Written | None = None  # None: as a model folder
+    record: Mapping[str, Any] = {}  # which run this is: what a checkpoint keeps of it (`run_folder.record`)
     unit: str = "tokens"  # what the loss is a mean over
     sampled: str = "16 tokens of the validation text"  # what a sample goes on from
 
@@ -57,8 +63,8 @@ class Best:
     waited: int = 0
 
     def observe(self, step: int, value: float) -> bool:
-        """Whether this one is better (one that is not a number never is)."""
-        better = value == value and (self.value is None or value < self.value)
+        """Whether this one is better (one that is not finite never is)."""
+        better = math.isfinite(value) and (self.value is None or value < self.value)
         if better:
             self.value, self.step, self.waited = value, step, 0
         else:
@@ -73,17 +79,23 @@ def recording(flags: TrainingFlags, out: Path, step: int) -> Iterator[Recorder]:
 
     settings = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
     also = WandbSink(out, flags.wandb_project, settings) if flags.wandb else None
-    with Recorder(out, step, also) as recorder:
+    with Recorder(out, step, also, Trouble(flags, "a record of the run was lost")) as recorder:
         yield recorder
 
 
-def resumed(state: TrainState, checkpoint: Path | None) -> tuple[TrainState, dict[str, Any]]:
-    """The state to begin with and its memory: that of the checkpoint, with the numbers (flags) of this call."""
+def resumed(
+    state: TrainState, checkpoint: Path | None, record: Mapping[str, Any], override: bool = False
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to begin with and its memory: that of the checkpoint, with the numbers (flags) of this call.
+
+    Raises DataError where what is learned, or what it is learned beside, is no longer what the run began with.
+    """
     from functional_lm.training import checkpoint as checkpoints
 
     if checkpoint is None:
         return state, {}
     saved, memory = checkpoints.load(checkpoint, state)
+    run_folder.check_inputs(checkpoint, record, override)
     console.say(f"going on from {checkpoint}")
     return saved._replace(numbers=state.numbers), memory
 
@@ -93,51 +105,97 @@ def train(
 ) -> tuple[Outcome, Best]:
     """Train to the end of the flags' budget; `memory` is what the checkpoint that `state` comes from remembered.
 
-    Raises KeyboardInterrupt after a signal (the state is saved), FunctionalLMError out of memory or when the loss is
-    not finite any more.
+    Raises KeyboardInterrupt after a signal (the state is saved), FunctionalLMError out of memory, when the loss is
+    not finite any more, and when the disk takes no checkpoint.
     """
+    rewinds = 0
+    while True:
+        outcome, best = _train(flags, job, state, memory, out, recorder)
+        if outcome.ended != "spike":
+            break
+        rewinds += 1
+        if rewinds > REWINDS:
+            raise FunctionalLMError(
+                f"the loss spiked {rewinds} times (the last time in step {outcome.last}); lower --learning_rate, or "
+                f"raise --spike above {flags.spike:g}"
+            )
+        state, memory = _rewound(outcome, job, state, out, recorder)
+    if outcome.interrupted:
+        console.say(f"stopped; the same command goes on from {_newest(out)}")
+        raise KeyboardInterrupt  # the exit code of a stopped run, 130
+    return outcome, best
+
+
+def _train(
+    flags: TrainingFlags, job: Job, state: TrainState, memory: Mapping[str, Any], out: Path, recorder: Recorder
+) -> tuple[Outcome, Best]:
+    """To the end, or to a spike."""
     from functional_lm.training import loop
 
-    best = Best(**memory.get("best", {}))
+    best, trouble = Best(**memory.get("best", {})), Trouble(flags, "the checkpoint was not written")
     plan = _plan(flags, job, memory)
 
     def record(step: int, values: Values) -> None:
         recorder.metrics(step, values)
         if "val_loss" in values:
             console.say(f"step {step}: validation loss {_shown(values['val_loss'])}")
+        if "skipped" in values:
+            place = f"microbatch {values['microbatch']} of the data and those after it"
+            console.say(f"step {step} changed nothing: its loss or gradient was not finite ({place})")
 
     def validate(state: TrainState) -> Values:
         losses = [job.measure(params, flags.eval_batches).loss for params in members(state, job)]
         if flags.patience and best.observe(loop.steps_taken(state), losses[0]):
-            _keep(out / "best", state.best_params, job)
+            with troubled(trouble):
+                _keep(out / "best", state.best_params, job)
         return {"val_loss": losses if job.members else losses[0]}
 
-    def save(state: TrainState, seconds: float) -> None:
-        from functional_lm.training import checkpoint
-
-        kept: dict[str, Any] = {"best": dataclasses.asdict(best)}
+    def save(state: TrainState, progress: loop.Progress) -> None:
+        kept: dict[str, Any] = {"best": dataclasses.asdict(best), "bad": progress.bad, "ahead": plan.ahead}
+        kept["losses"] = progress.losses
+        kept["position"] = (loop.steps_taken(state) + plan.ahead) * plan.accumulation  # the next microbatch
         if flags.minutes:  # the one case in which the clock decides what comes
-            kept["seconds"] = seconds
-        whole = None if job.members or job.written else job.config
-        beside = job.written.save if job.written else None
-        checkpoint.save(out / "checkpoints", state, whole, job.tokenizer, kept, beside)
-        checkpoint.prune(out / "checkpoints", flags.keep)
+            kept["seconds"] = progress.seconds
+        with troubled(trouble):
+            saver.save(state, kept)
 
     def sample(state: TrainState) -> None:
         recorder.text(loop.steps_taken(state), "sample", "".join(job.sample(members(state, job)[0])))
 
-    with _tracing(flags, out, recorder) as watch:
+    with saving(flags, job, out, trouble) as saver, _tracing(flags, out, recorder) as trace:
+
+        def watch(number: int) -> None:
+            trace(number)
+            with troubled(trouble):
+                saver.check()
+
         hooks = loop.Hooks(job.batch, record, validate, save, sample, lambda: 0 < flags.patience <= best.waited, watch)
         try:
-            outcome = loop.run(state, job.functions, plan, hooks)
+            return loop.run(state, job.functions, plan, hooks), best
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             raise FunctionalLMError(_advice(flags)) from error
-    if outcome.interrupted:
-        console.say(f"stopped; the same command goes on from {_newest(out)}")
-        raise KeyboardInterrupt  # the exit code of a stopped run, 130
-    return outcome, best
+
+
+def _rewound(
+    outcome: Outcome, job: Job, template: TrainState, out: Path, recorder: Recorder
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint, and the batches since then passed over. Raises FunctionalLMError if there is none."""
+    from functional_lm.training import checkpoint
+
+    path, _ = checkpoint.newest(out / "checkpoints")
+    if path is None:
+        raise FunctionalLMError(
+            f"the loss spiked in step {outcome.last}, before the first checkpoint; lower --save_every or the rate"
+        )
+    state, memory = checkpoint.load(path, template)
+    step = int(state.step)
+    memory = {**memory, "ahead": memory["ahead"] + outcome.last - step}
+    why = f"the loss spiked in step {outcome.last}: back to step {step}, past the batches of the steps between"
+    console.say(why)
+    recorder.rewind(step, why)
+    return state, memory
 
 
 def functions(flags: TrainingFlags, config: ModelConfig, **more: Any) -> Training:
@@ -169,7 +227,7 @@ def members(state: TrainState, job: Job) -> list[Tree]:
 
 
 def _plan(flags: TrainingFlags, job: Job, memory: Mapping[str, Any]) -> Any:
-    from functional_lm.training.loop import Plan
+    from functional_lm.training.loop import Plan, Progress
 
     assert flags.block_size is not None
     microbatches = flags.gradient_accumulation_steps
@@ -183,7 +241,9 @@ def _plan(flags: TrainingFlags, job: Job, memory: Mapping[str, Any]) -> Any:
         log_every=flags.log_every,
         compile=flags.compile,
         seconds=60 * (flags.minutes or 0),
-        seconds_before=memory.get("seconds", 0.0),
+        before=Progress(memory.get("seconds", 0.0), memory.get("bad", 0), tuple(memory.get("losses", (0.0, 0)))),
+        ahead=memory.get("ahead", 0),
+        spike=flags.spike,
         save_epochs=job.steps_per_epoch if flags.save_epochs else 0,
         bad_steps=flags.bad_steps,
     )
@@ -203,10 +263,11 @@ def _keep(path: Path, params: Tree, job: Job) -> None:
             folder.save(temporary, params, job.config, job.tokenizer)
 
 
-def _newest(out: Path) -> Path:
+def _newest(out: Path) -> str:
     from functional_lm.training import checkpoint
 
-    return checkpoint.listing(out / "checkpoints")[-1]
+    found = checkpoint.listing(out / "checkpoints")
+    return str(found[-1]) if found else "the beginning: nothing was saved"
 
 
 # Trouble and its traces -----------------------------------------------------------------------------------------------

@@ -13,9 +13,39 @@ from functional_lm.options import option
 # Names of what `training/` has; a test holds them equal.
 OPTIMIZERS = ("adamw", "muon", "lion", "sgd", "adafactor")
 SCHEDULES = ("cosine", "wsd", "linear", "constant", "inverse_sqrt")
+SCHEDULES_OF_LENGTH = ("cosine", "wsd", "linear")  # whose rates come from the number of steps
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 STEPS = 900  # where no length is given
+# What may change when a run goes on: its length, its ends, its records. Every other flag changes what is computed.
+FREE = frozenset(
+    [
+        "out",
+        "steps",
+        "epochs",
+        "minutes",
+        "patience",
+        "bad_steps",
+        "eval_every",
+        "eval_batches",
+        "save_every",
+        "save_epochs",
+        "keep",
+        "on_save_error",
+        "log_every",
+        "sample_every",
+        "sample_tokens",
+        "wandb",
+        "wandb_project",
+        "profile",
+        "resume",
+        "override",
+        "overwrite",
+        "max_download",
+        "download_folder",
+        "use_lmsys_dataset",
+    ]
+)
 
 Flags = TypeVar("Flags", bound="TrainingFlags")
 
@@ -58,9 +88,16 @@ class TrainingFlags:
     bad_steps: int = option(
         10, "steps in a row whose loss or gradient may be not finite (they change nothing)", low=1, group="Optimizer"
     )
+    spike: float = option(
+        0.0, "a loss so many times its mean sends the run back to its last checkpoint, past those batches; 0: off",
+        low=0, group="Optimizer",
+    )  # fmt: skip
     dtype: str = option("auto", "precision of the products", choices=DTYPES, group="Machine")
     device: str = option("auto", "where to train", choices=DEVICES, group="Machine")
     compile: bool = option(True, "compile the step (eager where no C++ compiler is found)", group="Machine")
+    threads: int | None = option(
+        None, "threads on the CPU; torch's choice if not given", low=1, high=1024, group="Machine"
+    )
     seed: int = option(1337, "seed of every random draw", low=0, group="Optimizer")
     eval_every: int = option(250, "steps between validations; 0: at the end only", low=0, group="Records")
     eval_batches: int = option(
@@ -69,6 +106,9 @@ class TrainingFlags:
     save_every: int = option(250, "steps between checkpoints; 0: at the end only", low=0, group="Records")
     save_epochs: bool = option(False, "a checkpoint after every epoch too", group="Records")
     keep: int = option(2, "checkpoints to keep; 0: all", low=0, group="Records")
+    on_save_error: str = option(
+        "stop", "what a full or broken disk does to the run", choices=("stop", "continue"), group="Records"
+    )
     log_every: int = option(1, "steps between lines of metrics.jsonl", low=1, group="Records")
     sample_every: int = option(0, "steps between samples in training.log; 0: at the end only", low=0, group="Records")
     sample_tokens: int = option(120, "tokens of a sample; 0: no samples", low=0, group="Records")
@@ -78,6 +118,7 @@ class TrainingFlags:
     resume: str = option(
         "auto", "auto: go on from the newest checkpoint in --out; never; or a checkpoint", group="Records"
     )
+    override: bool = option(False, "go on with flags that change the mathematics of the run", group="Records")
     overwrite: bool = option(False, "replace a run that --out already holds", group="Records")
 
 
@@ -91,6 +132,12 @@ def check(flags: TrainingFlags) -> None:
         )
     if flags.patience and not flags.eval_every:
         raise UsageError(f"--patience {flags.patience} counts validations; give --eval_every above 0")
+    if 0 < flags.spike <= 1:
+        raise UsageError(f"--spike {flags.spike} is no spike; give a number above 1, such as 1.5, or 0")
+    if flags.spike and not flags.save_every:
+        raise UsageError(f"--spike {flags.spike} goes back to a checkpoint; give --save_every above 0")
+    if flags.overwrite and flags.override:
+        raise UsageError("--overwrite starts again and --override goes on; give one of them")
     if flags.overwrite and flags.resume not in ("auto", "never"):
         raise UsageError("--overwrite starts again and --resume goes on; give one of them")
 
@@ -104,7 +151,10 @@ def resolve_machine(flags: Flags) -> Flags:
     obstacle = compiling.obstacle(device) if flags.compile else None
     if obstacle:
         console.say(f"running without compilation, several times slower: {obstacle}")
-    return dataclasses.replace(flags, device=str(device), dtype=dtype, compile=flags.compile and obstacle is None)
+    threads = compiling.use_threads(flags.threads)
+    return dataclasses.replace(
+        flags, device=str(device), dtype=dtype, compile=flags.compile and obstacle is None, threads=threads
+    )
 
 
 def resolve_length(flags: Flags, steps_per_epoch: float) -> Flags:

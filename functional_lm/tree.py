@@ -213,33 +213,33 @@ def digest(tree: Any) -> str:
 
 SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 SAFETENSORS |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+SAFETENSORS |= {torch.bool: "BOOL", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64"}
 
 
 def save(tree: Any, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a safetensors file atomically.
 
-    The metadata is one JSON value under one key beside Hugging Face's `format`: with several keys the same save
-    gives different bytes from run to run.
+    The metadata is one JSON value under one key in the place of Hugging Face's `format`: with several keys the same
+    save gives different bytes from run to run.
     """
-    from safetensors.torch import save_file
-
-    flat = {name: leaf.detach().cpu().contiguous() for name, leaf in flatten(tree).items()}
-    shared: dict[int, str] = {}
-    for name, leaf in flat.items():  # safetensors refuses two names for one storage
-        if leaf.numel() and shared.setdefault(leaf.untyped_storage().data_ptr(), name) != name:
-            flat[name] = leaf.clone()
-    notes = {"format": "pt"} if metadata is None else {"functional_lm": json.dumps(metadata, sort_keys=True)}
-    files.write_with(path, lambda temporary: save_file(flat, str(temporary), metadata=notes))
+    flat = flatten(tree)
+    save_each(path, flat, flat.__getitem__, metadata)
 
 
-def save_each(path: str | Path, described: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+def save_each(
+    path: str | Path,
+    described: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """Write a safetensors file atomically, one tensor in memory at a time.
 
     `described` gives each tensor's shape and dtype (on the meta device, say), `read(name)` the tensor itself. Wide
     dtypes come first, so that every tensor is aligned.
     """
     names = sorted(described, key=lambda name: (-described[name].element_size(), [*map(_order, name.split("."))]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    notes = {"format": "pt"} if metadata is None else {"functional_lm": json.dumps(metadata, sort_keys=True)}
+    header: dict[str, Any] = {"__metadata__": notes}
     end = 0
     for name in names:
         leaf, begin = described[name], end

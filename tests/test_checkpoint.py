@@ -132,7 +132,7 @@ def test_the_newest_are_kept_in_order_of_their_steps(
         (root / name).mkdir()
     ordered = sorted(steps)
     assert checkpoint.listing(root) == [root / checkpoint.name(number) for number in ordered]
-    checkpoint.prune(root, keep)
+    checkpoint.prune(root, keep, lambda path: True)
     kept = ordered[-keep:] if keep else ordered
     assert checkpoint.listing(root) == [root / checkpoint.name(number) for number in kept]
     assert len(list(root.iterdir())) == len(kept) + len(others)
@@ -140,7 +140,7 @@ def test_the_newest_are_kept_in_order_of_their_steps(
 
 def test_where_nothing_was_saved_nothing_is_listed(tmp_path: Path) -> None:
     assert checkpoint.listing(tmp_path / "absent") == []
-    checkpoint.prune(tmp_path / "absent", 1)
+    checkpoint.prune(tmp_path / "absent", 1, lambda path: True)
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -197,11 +197,13 @@ def damaged(tmp_path_factory: pytest.TempPathFactory, state: TrainState, tokeniz
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "no training checkpoint"),
-        ('{"format": 1', "no training checkpoint"),
-        ("[1, 2]", "no training checkpoint"),
-        ('{"step": 3}', "no training checkpoint"),
-        ('{"format": 2, "step": 3, "memory": {}}', "format 2; this version reads 1"),
+        ("", "it is no JSON"),
+        ('{"format": 2', "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
+        ("[1, 2]", "it holds something else"),
+        ('{"step": 3}', "it holds something else"),
+        ('{"format": 1, "files": {}}', "format 1; this version reads 2"),
+        ('{"format": 2, "files": {}}', "its sha256 is another"),
     ],
 )
 def test_foreign_notes_are_refused(saved: Path, template: TrainState, text: str, reason: str) -> None:
@@ -211,7 +213,7 @@ def test_foreign_notes_are_refused(saved: Path, template: TrainState, text: str,
 
 def test_notes_that_are_no_text_are_refused(saved: Path, template: TrainState) -> None:
     (saved / "training.json").write_bytes(b"\xff\xfe\x00")
-    assert "no training checkpoint" in refused(saved, template)
+    assert "it is no JSON" in refused(saved, template)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import Tensor
 from functional_lm import keys, tree
 from functional_lm.errors import FunctionalLMError
 from functional_lm.training import loop
-from functional_lm.training.loop import Hooks, Outcome, Plan
+from functional_lm.training.loop import Hooks, Outcome, Plan, Progress
 from functional_lm.training.step import Batch, Metrics, Training, TrainState
 
 EAGER = {"tokens_per_step": 10, "compile": False, "progress": False}
@@ -74,8 +74,9 @@ class World:
         self.events.append(("validate", int(state.step)))
         return {"val_loss": 1.0}
 
-    def save(self, state: TrainState, seconds: float) -> None:
+    def save(self, state: TrainState, progress: Progress) -> None:
         self.events.append(("save", int(state.step)))
+        self.progress = progress
 
     def of(self, *kinds: str) -> list[int]:
         return [event[1] for event in self.events if event[0] in kinds]
@@ -275,6 +276,38 @@ def test_steps_that_are_not_finite_are_recorded_and_end_the_run_when_too_many(
     assert world.of("record") == list(range(1, last))
     assert world.of("save") == []
     assert [values.get("skipped") for _, values in world.records] == [None, None, *[1] * (limit - 1)]
+    places = [values["microbatch"] for _, values in world.records if "skipped" in values]
+    assert places == list(bad)[: limit - 1]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_steps_in_a_row_that_changed_nothing_are_counted_across_a_resume(stop: int) -> None:
+    """Those of step 4 and 5 and 6 end the run, whichever of them another process has made."""
+    bad = dict.fromkeys((3, 4, 5), math.nan)
+    world = World(lambda number: bad.get(number, 0.0))
+    run(world, steps=stop, bad_steps=3)
+    with pytest.raises(FunctionalLMError, match="is not finite in step 6 and in the 2 before it"):
+        run(World(world.on_batch), start=stop, steps=9, bad_steps=3, before=world.progress)
+
+
+def test_batches_that_were_passed_over_are_not_seen() -> None:
+    world = World()
+    run(world, steps=4, accumulation=2, ahead=3)
+    assert world.of("batch") == list(range(6, 14))
+
+
+def test_a_spike_ends_the_loop_unsaved_and_behind_its_step() -> None:
+    """As soon as there are losses enough to know what is usual; it is the same with a resume in between."""
+    losses = [4.0, 40.0, *[4.0] * 30, 9.0, *[4.0] * 10]
+    world = World(lambda number: losses[number])
+    outcome = run(world, steps=40, spike=1.5, save_every=5)
+    assert (outcome.ended, outcome.last) == ("spike", 33)
+    assert world.of("save") == [5, 10, 15, 20, 25, 30]
+    again = World(world.on_batch)
+    outcome = run(again, start=30, steps=40, spike=1.5, before=world.progress)
+    assert (outcome.ended, outcome.last) == ("spike", 33)
+    assert run(World(world.on_batch), start=30, steps=40, spike=1.5, before=world.progress, ahead=3).ended == "steps"
+    assert run(World(world.on_batch), steps=40).ended == "steps"
 
 
 def test_bad_steps_with_good_ones_between_them_do_not_end_a_run() -> None:
@@ -309,7 +342,7 @@ def test_a_run_limited_by_time_ends_with_it_and_schedules_see_its_length(
     monkeypatch.setattr(loop, "time", clock)
     functions = counting()
     state = functions.init({}, keys.key(0))._replace(numbers={"total_steps": torch.tensor(7.0)})
-    plan = Plan(**{**EAGER, "steps": 0, "seconds": 60.0, "seconds_before": before})
+    plan = Plan(**{**EAGER, "steps": 0, "seconds": 60.0, "before": Progress(before)})
     outcome = loop.run(state, functions, plan, world.hooks())
     assert (outcome.steps, outcome.ended) == (expected, "time")
     assert outcome.seconds == 60.0

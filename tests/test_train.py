@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import functional_lm
-from functional_lm import keys, tree
+from functional_lm import keys, seal, tree
 from functional_lm.__main__ import COMMANDS
 from functional_lm.cli import main
 from functional_lm.model import config as model_config
@@ -285,9 +285,19 @@ def test_more_steps_go_on_from_the_end(run: Path, copy: Path, text: Path) -> Non
     assert read(copy / "summary.json")["steps"] == 14
 
 
-def test_a_new_learning_rate_is_taken_and_the_past_is_kept(run: Path, copy: Path, text: Path) -> None:
+def test_a_new_learning_rate_is_refused_or_taken_and_the_past_is_kept(
+    run: Path, copy: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cut_back(copy, 8)
-    assert pretrain(data=text, out=copy, learning_rate=0.001, weight_decay=0.5) == 0
+    changed, before = {"learning_rate": 0.001, "weight_decay": 0.5}, contents(copy)
+    assert pretrain(data=text, out=copy, **changed) == 2
+    differences = (
+        "(--learning_rate was 0.01, is 0.001; --weight_decay was 0.1, is 0.5); --override goes on all the same"
+    )
+    assert differences in one_line(capsys)
+    assert contents(copy) == before
+    assert pretrain(data=text, out=copy, **changed, override=True) == 0
+    assert "going on as another run: --learning_rate was 0.01, is 0.001; " in capsys.readouterr().out
     before, after = ([row["learning_rate"] for row in lines(folder) if "loss" in row] for folder in (run, copy))
     assert after[:8] == before[:8]
     assert after[8:] == pytest.approx([rate / 10 for rate in before[8:]], rel=1e-5)
@@ -301,14 +311,20 @@ def test_a_named_checkpoint_starts_a_run_of_its_own(run: Path, text: Path, tmp_p
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
-def test_going_on_eagerly_from_compiled_steps_is_said(
-    copy: Path, text: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "value"), [("compile", True), ("threads", 2), ("dtype", "bfloat16")])
+def test_steps_whose_bits_differ_are_not_mixed_unseen(
+    copy: Path, text: Path, capsys: pytest.CaptureFixture[str], name: str, value: Any
 ) -> None:
-    record = read(copy / "run.json")
-    record["options"]["compile"] = True
-    (copy / "run.json").write_text(json.dumps(record))
-    assert pretrain(data=text, out=copy, steps=13) == 0
-    assert "compiled and eager steps differ" in capsys.readouterr().out
+    """As if the run had begun with compiled steps, in other threads, in another precision."""
+    path = copy / "checkpoints" / "step-00000012"
+    notes = checkpoint.notes(path)
+    now = notes["run"]["options"][name]
+    notes["run"]["options"][name] = value
+    seal.seal(path, checkpoint.NOTES, notes.pop("format"), {k: v for k, v in notes.items() if k != "files"})
+    assert pretrain(data=text, out=copy, steps=13) == 2
+    assert f"belongs to another run (--{name} was {value}, is {now})" in one_line(capsys)
+    assert pretrain(data=text, out=copy, steps=13, override=True) == 0
+    assert f"going on as another run: --{name} was {value}, is {now}" in capsys.readouterr().out
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def save(folder: str | Path, adapter: Tree, settings: Settings, base: Tree) -> N
     lora.check(base, adapter)
     check_tied(base, adapter)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     flat = {_theirs(name): leaf for name, leaf in tree.flatten(adapter).items() if not name.endswith("lora_scale")}
     record = dataclasses.asdict(settings)
     tree.save(tree.unflatten(flat), folder / WEIGHTS, record)

@@ -12,6 +12,7 @@ Axes: B batch, T time, N samples, R rows.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -189,6 +190,14 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    @property
+    def digest(self) -> str:
+        """Names the contents: equal digests, equal batches."""
+        found = hashlib.sha256(f"{self.block_size} {self.members}".encode())
+        for array in (self.samples.tokens, self.samples.learned, self.samples.offsets):
+            found.update(array.tobytes())
+        return found.hexdigest()
 
 
 def pack(found: Samples, block_size: int, packing: bool = True) -> Rows:

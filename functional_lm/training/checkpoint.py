@@ -1,27 +1,28 @@
-"""Checkpoints: a training state as a folder that appears whole.
+"""Checkpoints: a training state as a folder that appears whole, and is known to be whole when it is read.
 
 checkpoints/step-00001000/   a model folder (generate from it, fine-tune it), and beside its files
-    training.safetensors     everything else that the next step reads: optimizer, key, step, numbers
-    training.json            what it is, and the loop's own memory
+    training.safetensors     everything else that the next step reads: optimizer, mean, scale, key, step, numbers
+    training.json            what it is, the loop's own memory, the run's flags, length and sha256 of every file
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from functional_lm import files, folder, tree
+from functional_lm import files, folder, seal, tree
 from functional_lm.errors import DataError
 from functional_lm.model.config import ModelConfig
 from functional_lm.text.tokenizer import Tokenizer
 from functional_lm.training.step import TrainState
 from functional_lm.tree import Tree
 
-FORMAT = 1
+FORMAT = 2
+NOTES = "training.json"
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -29,21 +30,28 @@ def name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+# One ------------------------------------------------------------------------------------------------------------------
+
+
 def save(
     checkpoints: str | Path,
     state: TrainState,
     config: ModelConfig | None,
     tokenizer: Tokenizer,
-    memory: dict[str, Any],
+    memory: Mapping[str, Any],
     beside: Callable[[Path, Tree], None] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the state under its step; `memory` is JSON that comes back with it.
+    """Write the state under its step; `memory` is JSON that comes back with it, `run` says which run it belongs to.
 
     Without a `config` (a population, whose leaves have one more axis; an adapter) it is no model folder: parameters go
-    to the rest, and `beside(folder, params)` may write a form of theirs that others read.
+    to the rest, and `beside(folder, params)` may write a form of theirs that others read. A damaged checkpoint of the
+    same step is kept under another name.
     """
     step = int(state.step.max())
     path = Path(checkpoints) / name(step)
+    if path.exists() and reason(path) is not None:
+        files.replace(path, _aside(path))
     parts = state._asdict()
     with files.writing_folder(path) as temporary:
         if config is not None:
@@ -53,11 +61,20 @@ def save(
             if beside is not None:
                 beside(temporary, state.best_params)
         tree.save(parts, temporary / "training.safetensors")
-        files.write_json(
-            temporary / "training.json",
-            {"format": FORMAT, "step": step, "population": config is None, "memory": memory},
-        )
+        notes = {"step": step, "population": config is None, "memory": dict(memory), "run": dict(run or {})}
+        seal.seal(temporary, NOTES, FORMAT, notes)
     return path
+
+
+def _aside(path: Path) -> Path:
+    """A free name for a damaged checkpoint, which `listing` does not take for one."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in range(1_000_000))
+    return next(name for name in names if not name.exists())
+
+
+def notes(path: Path) -> dict[str, Any]:
+    """What training.json says; its own digest is checked and nothing else. Raises DataError."""
+    return seal.read(path, NOTES, FORMAT)
 
 
 def load(path: str | Path, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -66,29 +83,60 @@ def load(path: str | Path, template: TrainState) -> tuple[TrainState, dict[str, 
     Raises DataError if a file is missing or damaged, of a later format, or does not fit the template.
     """
     path = Path(path)
-    try:
-        notes = files.read_json(path / "training.json")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no training checkpoint ({error})") from error
-    if not isinstance(notes, dict) or not {"format", "memory"} <= notes.keys():
-        raise DataError(f"{path} is no training checkpoint (its training.json holds something else)")
-    if notes["format"] != FORMAT:
-        raise DataError(f"{path} has format {notes['format']}; this version reads {FORMAT}")
+    found = seal.verified(path, NOTES, FORMAT)
     device = template.key.device
     flat: dict[str, Tensor] = {}
-    if (path / "model.safetensors").exists() or not notes.get("population"):
+    if not found.get("population"):
         flat |= tree.flatten({"params": tree.load(path / "model.safetensors", device)})
     flat |= tree.flatten(tree.load(path / "training.safetensors", device))
-    return tree.restore(template, flat, str(path)), notes["memory"]
+    return tree.restore(template, flat, str(path)), found["memory"]
+
+
+# Those of a run -------------------------------------------------------------------------------------------------------
+
+
+class Damaged(NamedTuple):
+    path: Path
+    reason: str  # begins with the path
+
+
+def reason(path: Path) -> str | None:
+    """Why a checkpoint cannot be gone on from, None if it can. Raises `seal.LaterFormat` for a later version's."""
+    try:
+        seal.verified(path, NOTES, FORMAT)
+    except seal.LaterFormat:
+        raise
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def newest(checkpoints: str | Path) -> tuple[Path | None, list[Damaged]]:
+    """The newest valid checkpoint, and the damaged ones that are newer.
+
+    None if there is no checkpoint at all. Raises DataError if there are and none is valid, naming what is wrong with
+    each, and where the newest is of a later version.
+    """
+    damaged: list[Damaged] = []
+    for path in reversed(listing(checkpoints)):
+        why = reason(path)
+        if why is None:
+            return path, damaged
+        damaged.append(Damaged(path, why))
+    if damaged:
+        reasons = "; ".join(why for _, why in damaged)
+        raise DataError(f"no checkpoint in {checkpoints} is whole: {reasons}; restore one, or --overwrite the run")
+    return None, []
 
 
 def listing(checkpoints: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """The checkpoints of a run, whole or not, oldest first."""
     found = [(int(match[1]), path) for path in Path(checkpoints).glob("step-*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
-def prune(checkpoints: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep`; 0 keeps all."""
-    for path in listing(checkpoints)[: -keep or None] if keep else []:
-        files.remove(path)
+def prune(checkpoints: str | Path, keep: int, whole: Callable[[Path], bool]) -> None:
+    """Remove all but the newest `keep` valid ones; 0 keeps all. One that is not `whole` neither counts nor goes."""
+    valid = [path for path in listing(checkpoints) if whole(path)] if keep else []
+    for path in valid[:-keep]:
+        files.discard(path)

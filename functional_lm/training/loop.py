@@ -29,7 +29,19 @@ from functional_lm.training.step import Batch, Metrics, Training, TrainState
 from functional_lm.tree import Tree
 
 Report = Mapping[str, Tensor]
+SETTLED, MEMORY = 20, 50  # losses before a spike is told from the beginning; that their running mean is over
 UNTIMED = 10  # first steps that do not count towards tokens per second
+
+
+class Progress(NamedTuple):
+    """What the loop itself remembers, beside the state, for a run that goes on from here."""
+
+    seconds: float = 0.0  # that the run has taken so far
+    bad: int = 0  # steps in a row, up to here, that changed nothing
+    losses: tuple[float, int] = (0.0, 0)  # their running mean, and how many of them are in it
+
+
+NOTHING = Progress()
 
 
 class Hooks(NamedTuple):
@@ -38,7 +50,7 @@ class Hooks(NamedTuple):
     batch: Callable[[int], Batch]  # the microbatch of this number, on the device; a pure function
     record: Callable[[int, Values], None]
     validate: Callable[[TrainState], Values]
-    save: Callable[[TrainState, float], None]  # the state, and the seconds that the run has taken so far
+    save: Callable[[TrainState, Progress], None]  # at the end of a step; the state is used up by the next one
     sample: Callable[[TrainState], None] = lambda state: None
     enough: Callable[[], bool] = lambda: False  # asked after a validation: whether to end here
     watch: Callable[[int], None] = lambda number: None  # after every step
@@ -58,7 +70,9 @@ class Plan:
     compile: bool = True
     progress: bool = True
     seconds: float = 0.0  # wall time to train for, compiling included; 0: as long as the steps take
-    seconds_before: float = 0.0  # of it, what earlier parts of this run have used
+    before: Progress = NOTHING  # of earlier parts of this run
+    ahead: int = 0  # steps' worth of batches that were passed over
+    spike: float = 0.0  # a loss so many times its running mean ends the loop ("spike") unsaved; 0: none does
     save_epochs: float = 0.0  # steps an epoch has, to save after each; 0: no such checkpoints
     bad_steps: int = 10  # skipped ones in a row that end the run
 
@@ -71,7 +85,8 @@ class Outcome:
     steps: int = 0
     compile_seconds: float = 0.0
     seconds: float = 0.0  # of the whole run, earlier parts included
-    ended: str = "steps"  # or "time", "patience", "interrupted": what made it stop
+    ended: str = "steps"  # or "time", "patience", "interrupted", "spike": what made it stop
+    last: int = 0  # the step that it stopped behind
     rates: list[float] = field(default_factory=list)
 
     @property
@@ -88,7 +103,9 @@ class Outcome:
 Step = Callable[[TrainState, int], tuple[TrainState, Report]]
 
 
-def whole_step(functions: Training, batch: Callable[[int], Batch], accumulation: int, compile: bool) -> Step:
+def whole_step(
+    functions: Training, batch: Callable[[int], Batch], accumulation: int, compile: bool, ahead: int = 0
+) -> Step:
     """`(state, number of steps done) -> (state, report)`, compiled and donated.
 
     A single microbatch is one graph. Several are one graph that adds a microbatch's sums to a running total, called
@@ -96,7 +113,7 @@ def whole_step(functions: Training, batch: Callable[[int], Batch], accumulation:
     """
     if accumulation == 1:
         step = compiled(functions.train_step, donate=True, enabled=compile)
-        return lambda state, done: step(state, batch(done))
+        return lambda state, done: step(state, batch(done + ahead))
 
     def accumulate(total: Any, state: TrainState, batch: Batch, microbatch: Tensor) -> tuple[Any, None]:
         return tree.add(total, functions.gradients(state, batch, microbatch)), None
@@ -111,7 +128,7 @@ def whole_step(functions: Training, batch: Callable[[int], Batch], accumulation:
             Metrics(torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)),
         )
         for i in range(accumulation):
-            total, _ = add(total, state, batch(done * accumulation + i), torch.tensor(i, device=device))
+            total, _ = add(total, state, batch((done + ahead) * accumulation + i), torch.tensor(i, device=device))
         return apply(state, *total)
 
     return several
@@ -122,8 +139,8 @@ def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Out
 
     Raises FunctionalLMError when loss or gradient were not finite for `plan.bad_steps` steps in a row.
     """
-    step = whole_step(functions, hooks.batch, plan.accumulation, plan.compile)
-    outcome, done = Outcome(state, seconds=plan.seconds_before), steps_taken(state)
+    step = whole_step(functions, hooks.batch, plan.accumulation, plan.compile, plan.ahead)
+    outcome, done = Outcome(state, seconds=plan.before.seconds, last=steps_taken(state)), steps_taken(state)
     clock = _Clock(plan, done)
     if ended := clock.ending(done):
         outcome.ended = ended
@@ -149,13 +166,16 @@ def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Out
                     _show(bar, values)
                     if settled % plan.log_every == 0 or ended or "skipped" in values:
                         hooks.record(settled, values)
+                if readings.spiked:
+                    ended = "spike"
+                    break
                 if validating:
                     hooks.record(number, hooks.validate(outcome.state))
                     ended = "patience" if hooks.enough() else ""
                 if sampling:
                     hooks.sample(outcome.state)
                 if saving or ended:
-                    hooks.save(outcome.state, clock.seconds)
+                    hooks.save(outcome.state, readings.progress(clock.seconds))
                 if validating or saving or sampling:
                     readings.restart_clock()
                     bar.unpause()
@@ -164,7 +184,7 @@ def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Out
                 if (total := clock.estimate(number)) is not None:
                     outcome.state = lasting(outcome.state, total)
                     bar.total = total
-        outcome.steps, outcome.ended, outcome.rates = number - done, ended, readings.rates
+        outcome.steps, outcome.ended, outcome.rates, outcome.last = number - done, ended, readings.rates, number
         outcome.seconds = clock.seconds
     return outcome
 
@@ -195,7 +215,7 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
-        return self._plan.seconds_before + time.perf_counter() - self._began
+        return self._plan.before.seconds + time.perf_counter() - self._began
 
     def ending(self, number: int) -> str:
         """Why the run ends after step `number`, "" if it does not."""
@@ -221,7 +241,9 @@ class _Readings:
         self._plan, self._in_flight = plan, in_flight
         self._unread: deque[tuple[int, Report]] = deque()
         self._mark: float | None = None  # None: the time since the last reading is not that of a step
-        self._bad = 0  # steps in a row that changed nothing
+        self._bad = plan.before.bad  # steps in a row that changed nothing
+        self._mean, self._counted = plan.before.losses
+        self.spiked = False
 
     def add(self, number: int, report: Report) -> None:
         self._unread.append((number, report))
@@ -235,22 +257,38 @@ class _Readings:
                 self.rates.append(self._plan.tokens_per_step / (now - self._mark))
             self._mark = now
             skipped = self._skipped(number, report)
+            self._watch(values["loss"], bool(skipped))
             yield number, {**values, "tokens_per_second": self.rates[-1] if self.rates else 0.0, **skipped}
 
     def _skipped(self, number: int, report: Report) -> dict[str, Value]:
-        """How many members (of one, or of a population) this step left as they were, {} for none."""
+        """How many members (of one, or of a population) this step left as they were and where in the data that was."""
         finite = torch.isfinite(report["loss"]) & torch.isfinite(report["grad_norm"])
         if finite.all():
             self._bad = 0
             return {}
         self._bad = 0 if finite.any() else self._bad + 1
+        place = (number - 1 + self._plan.ahead) * self._plan.accumulation
         if self._bad >= self._plan.bad_steps:
             what = "gradient norm" if torch.isfinite(report["loss"]).any() else "loss"
             before = f" and in the {self._bad - 1} before it" if self._bad > 1 else ""
             raise FunctionalLMError(
-                f"the {what} is not finite in step {number}{before}; lower --learning_rate or raise --warmup_steps"
+                f"the {what} is not finite in step {number}{before} (microbatch {place} of the data and those after "
+                "it); lower --learning_rate or raise --warmup_steps"
             )
-        return {"skipped": int((~finite).sum())}
+        return {"skipped": int((~finite).sum()), "microbatch": place}
+
+    def _watch(self, loss: Value, skipped: bool) -> None:
+        """Whether the loss is out of all proportion; one that is does not enter the mean."""
+        if not self._plan.spike or skipped or isinstance(loss, list):
+            return
+        if self._counted >= SETTLED and loss > self._plan.spike * self._mean:
+            self.spiked = True
+            return
+        self._counted += 1
+        self._mean += (loss - self._mean) / min(self._counted, MEMORY)
+
+    def progress(self, seconds: float) -> Progress:
+        return Progress(seconds, self._bad, (self._mean, self._counted))
 
     def restart_clock(self) -> None:
         self._mark = time.perf_counter()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from functional_lm import files
 from functional_lm.errors import UsageError
@@ -30,26 +31,30 @@ class Sink(Protocol):
 class Recorder:
     """Appends to a run folder's records; from `step` on, when a run goes on from a checkpoint.
 
-    Lines of `metrics.jsonl` past that step belong to steps that will be made again, and are dropped.
+    Lines of `metrics.jsonl` past that step belong to steps that will be made again, and are dropped. What goes wrong
+    with the disk is handed to `trouble`, which raises or lets the run go on without the line.
     """
 
-    def __init__(self, folder: Path, step: int = 0, also: Sink | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int = 0,
+        also: Sink | None = None,
+        trouble: Callable[[OSError], None] | None = None,
+    ) -> None:
         from tensorboardX import SummaryWriter
 
-        self._also = also
-        folder.mkdir(parents=True, exist_ok=True)
+        self._also, self._trouble, self._torn = also, trouble, False
         self.folder = folder
         self.path = folder / "metrics.jsonl"
+        self._begin(step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self._log = files.append(folder / "training.log", anew=not step)
+
+    def _begin(self, step: int) -> None:
         kept = [row for row in read(self.path) if row["step"] <= step] if step else []
         files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._lines = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by __exit__)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
-        self._log = logging.getLogger(f"functional_lm.{folder}")
-        self._handler = logging.FileHandler(folder / "training.log", mode="a" if step else "w", encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self._log.addHandler(self._handler)
-        self._log.setLevel(logging.INFO)
-        self._log.propagate = False
+        self._lines = files.append(self.path)
 
     def __enter__(self) -> Recorder:
         return self
@@ -59,12 +64,18 @@ class Recorder:
         self._board.close()
         if self._also is not None:
             self._also.close()
-        self._log.removeHandler(self._handler)
-        self._handler.close()
+        self._log.close()
+
+    def rewind(self, step: int, why: str) -> None:
+        """The steps past this one have not been."""
+        self._lines.close()
+        self._begin(step)
+        self.note(why)
 
     def metrics(self, step: int, values: Values) -> None:
         """One line, one point in each TensorBoard curve, one line in the log; a list has a curve for each entry."""
-        self._lines.write(json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}}) + "\n")
+        row = json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}})
+        self._append(self._lines, row)
         flat = _flat(values)
         for name, value in flat.items():
             self._board.add_scalar(name, value, step)
@@ -73,7 +84,18 @@ class Recorder:
         self.note(f"step {step} " + " ".join(f"{name} {value:.6g}" for name, value in flat.items()))
 
     def note(self, line: str) -> None:
-        self._log.info("%s", line)
+        self._append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+    def _append(self, file: IO[str], line: str) -> None:
+        """A line; what is left of one that failed before is ended first."""
+        try:
+            file.write(("\n" if self._torn else "") + line + "\n")
+            self._torn = False
+        except OSError as error:
+            self._torn = True
+            if self._trouble is None:
+                raise
+            self._trouble(error)
 
     def text(self, step: int, name: str, text: str) -> None:
         """A sample of what the model writes."""
@@ -131,14 +153,13 @@ def _flat(values: Values) -> dict[str, float]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
+    """The lines of a `metrics.jsonl`; one that a crash or a full disk cut off is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                row = json.loads(line)
+                rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
     return rows
 
 

@@ -1,0 +1,132 @@
+"""Whatever changes the disk, one function for each kind of operation, and a place where a test can stand in the way.
+
+Everything in the package that creates, writes, syncs, renames or removes a file or folder does it here (a test walks
+the syntax trees). `watched_by` hands each operation to a guard before it is done: a guard counts them, lets number k
+fail as a full or broken disk does, or does nothing any more, as a process that was killed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+
+class Operation(NamedTuple):
+    """One change, not made yet."""
+
+    kind: str  # "create", "write", "sync", "rename", "unlink", "truncate", "mkdir" or "rmdir"
+    path: Path
+    act: Callable[[float], Any]  # makes it; a write writes this share of its bytes, the others are indivisible
+    source: Path | None = None  # of a rename, which makes it `path`
+
+
+Guard = Callable[[Operation], Any]
+_GUARDS: list[Guard] = []
+
+
+@contextmanager
+def watched_by(guard: Guard) -> Iterator[None]:
+    """Hand every operation of this process, of all its threads, to `guard`; it returns what `act` does, or raises."""
+    _GUARDS.append(guard)
+    try:
+        yield
+    finally:
+        _GUARDS.remove(guard)
+
+
+def _do(kind: str, path: str | os.PathLike[str], act: Callable[[float], Any], source: Path | None = None) -> Any:
+    return _GUARDS[-1](Operation(kind, Path(path), act, source)) if _GUARDS else act(1.0)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+class _File(io.FileIO):
+    """A file without a buffer: each write is one operation, and what it returned from is with the system."""
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        _do("write", cast(str, self.name), lambda share: self._all(view[: int(share * len(view))]))
+        return len(view)
+
+    def _all(self, view: memoryview) -> None:
+        while view:
+            view = view[super().write(view) or 0 :]
+
+    def truncate(self, size: int | None = None, /) -> int:
+        cut = super().truncate
+        return int(_do("truncate", cast(str, self.name), lambda share: cut(size)))
+
+
+def create(path: Path, mode: str = "wb") -> IO[Any]:
+    """A file to write, as `open` gives it; text is UTF-8 with `\\n`."""
+    plain = mode.replace("b", "").replace("t", "")
+    file: _File = _do("create", path, lambda share: _File(str(path), plain))
+    if "b" in mode:
+        return cast("IO[Any]", file)
+    return io.TextIOWrapper(cast("Any", file), encoding="utf-8", newline="\n", write_through=True)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """What was written to an open file is on the disk when this returns."""
+    file.flush()
+    _do("sync", file.name, lambda share: os.fsync(file.fileno()))
+
+
+def sync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's names, to the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows cannot open a folder
+        return
+    try:
+        _do("sync", path, lambda share: os.fsync(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def write_foreign(path: Path, write: Callable[[Path], None]) -> None:
+    """For libraries that insist on a path: all that `write(path)` does is one write."""
+
+    def act(share: float) -> None:
+        write(path)
+        if share < 1:
+            os.truncate(path, int(share * path.stat().st_size))
+
+    _do("write", path, act)
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def rename(source: Path, target: Path) -> None:
+    """Atomic; a file at `target` is replaced, and so is an empty folder."""
+    _do("rename", target, lambda share: os.replace(source, target), source)
+
+
+def make_folder(path: Path) -> None:
+    """The folder, with those above it; nothing if it is there."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent)
+    _do("mkdir", path, lambda share: path.mkdir(exist_ok=True))
+
+
+def remove_empty(path: Path) -> None:
+    """A folder with nothing in it. Raises OSError for another one."""
+    _do("rmdir", path, lambda share: path.rmdir())
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with everything in it, if it is there; a link and not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        for entry in sorted(path.iterdir()):
+            remove(entry)
+        remove_empty(path)
+    elif path.exists() or path.is_symlink():
+        _do("unlink", path, lambda share: path.unlink(missing_ok=True))

@@ -1,0 +1,76 @@
+"""How a run saves: in the background, the newest valid ones kept, and what a full or broken disk does to it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from functional_lm import console
+from functional_lm.errors import FunctionalLMError
+from functional_lm.training_flags import TrainingFlags
+
+if TYPE_CHECKING:
+    from functional_lm.trainer import Job
+    from functional_lm.training.saving import Saver
+    from functional_lm.training.step import TrainState
+
+
+class Trouble:
+    """What `--on_save_error` says to do about a disk that is full, broken or gone; each kind is said once."""
+
+    def __init__(self, flags: TrainingFlags, what: str) -> None:
+        self._stop, self._what, self._said = flags.on_save_error == "stop", what, ""
+
+    def __call__(self, error: OSError) -> None:
+        where = f"{error.filename}: " if error.filename else ""
+        line = f"{self._what} ({where}{error.strerror or error})"
+        if self._stop:
+            raise FunctionalLMError(
+                f"{line}; what was saved before is whole: the same command goes on from there when the disk is well "
+                "again, and --on_save_error continue trains on without"
+            ) from error
+        if line != self._said:
+            console.say(f"{line}; training goes on without it")
+        self._said = line
+
+
+@contextmanager
+def saving(flags: TrainingFlags, job: Job, out: Path, trouble: Trouble) -> Iterator[Saver]:
+    """What saves this job in the background; at the end, and after an error, what is being saved is finished.
+
+    After a second Ctrl-C nothing is waited for.
+    """
+    from functional_lm.training import checkpoint
+    from functional_lm.training.saving import Saver, Verified
+
+    whole = Verified(checkpoint.reason)
+
+    def write(state: TrainState, memory: Mapping[str, Any]) -> None:
+        if not out.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(out))
+        config = None if job.members or job.written else job.config
+        beside = job.written.save if job.written else None
+        path = checkpoint.save(out / "checkpoints", state, config, job.tokenizer, memory, beside, job.record)
+        whole.add(path)
+        checkpoint.prune(out / "checkpoints", flags.keep, whole)
+
+    saver = Saver(write)
+    try:
+        yield saver
+    except Exception:
+        with suppress(Exception):  # the first error is the one to tell
+            saver.wait()
+        raise
+    with troubled(trouble):
+        saver.wait()
+
+
+@contextmanager
+def troubled(trouble: Trouble) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        trouble(error)

@@ -1,0 +1,89 @@
+"""Sealed folders: a JSON of notes that knows the length and sha256 of every file beside it, and its own.
+
+Safetensors notices a file that was cut off and not one in which a bit has flipped or whose tail is zeros; a seal
+notices all of them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from functional_lm import files
+from functional_lm.errors import DataError
+
+CHUNK = 1 << 20
+OWN = "sha256"  # of the notes themselves, all else in canonical JSON
+
+
+class LaterFormat(DataError):
+    """Whole, but of a later version of this program."""
+
+
+def seal(folder: Path, name: str, format: int, notes: Mapping[str, Any]) -> None:
+    """Write `name` into a folder that is otherwise complete."""
+    entries = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != name)
+    listed = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in entries
+    }
+    whole = {"format": format, **notes, "files": listed}
+    files.write_json(folder / name, {**whole, OWN: _own(whole)})
+
+
+def read(folder: Path, name: str, format: int) -> dict[str, Any]:
+    """The notes, as they were written; the other files are not looked at. Raises DataError, naming what is wrong."""
+    path = folder / name
+    try:
+        notes = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{folder}: {name} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{folder}: {name} is damaged (it is no JSON)") from error
+    if not isinstance(notes, dict) or not {"format", "files"} <= notes.keys():
+        raise DataError(f"{folder}: {name} is damaged (it holds something else)")
+    intact = notes.pop(OWN, None) == _own(notes)
+    if notes["format"] != format:
+        later = intact and isinstance(notes["format"], int) and notes["format"] > format
+        kind, remedy = (LaterFormat, "; use the version that wrote it") if later else (DataError, "")
+        raise kind(f"{folder}: {name} has format {notes['format']!r}; this version reads {format}{remedy}")
+    if not intact:
+        raise DataError(f"{folder}: {name} is damaged (its sha256 is another)")
+    return notes
+
+
+def verified(folder: Path, name: str, format: int) -> dict[str, Any]:
+    """The notes of a folder of which every file is what it was. Raises DataError, naming the first that is not."""
+    notes = read(folder, name, format)
+    for entry, expected in notes["files"].items():
+        path = folder / entry
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise DataError(f"{folder}: {entry} has {size} bytes, not {expected['bytes']}")
+            if sha256(path) != expected["sha256"]:
+                raise DataError(f"{folder}: {entry} is damaged (its sha256 is another)")
+        except OSError as error:
+            raise DataError(f"{folder}: {entry} cannot be read ({error.strerror})") from error
+    return notes
+
+
+def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, lengths and times of a folder's files: as long as they stay, nobody has written to it."""
+    entries = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = ((path, path.stat()) for path in entries)
+    return tuple((path.relative_to(folder).as_posix(), fact.st_size, fact.st_mtime_ns) for path, fact in facts)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _own(notes: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,81 @@
+"""Saving while training goes on: one thread, and at most one copy of a state.
+
+The copy is made before the next step writes into the state's buffers. Writing, syncing and hashing happen in the
+thread; the next save waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from functional_lm import seal, tree
+from functional_lm.errors import DataError
+from functional_lm.training.step import TrainState
+
+Write = Callable[[TrainState, Mapping[str, Any]], None]
+
+
+class Saver:
+    """`save` returns when the state is copied; what goes wrong afterwards is raised by the next call of a method."""
+
+    def __init__(self, write: Write, background: bool = True) -> None:
+        self._write, self._background = write, background
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: TrainState, memory: Mapping[str, Any]) -> None:
+        """Copy the state and have it written. Raises the error of the save before, and then saves nothing."""
+        self.wait()
+        if not self._background:
+            self._write(state, memory)
+            return
+        snapshot = tree.map(lambda leaf: leaf.detach().to("cpu", copy=True), state)
+        # A daemon: a second Ctrl-C ends the process at once, and what is half-written has a temporary name.
+        self._thread = threading.Thread(target=self._run, args=([snapshot], memory), daemon=True, name="saver")
+        del snapshot
+        self._thread.start()
+
+    def _run(self, box: list[TrainState], memory: Mapping[str, Any]) -> None:
+        try:
+            self._write(box.pop(), memory)
+        except BaseException as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise the error of a save that has ended with one; wait for none."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Return when nothing is being saved. Raises the error of what was."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+
+class Verified:
+    """Which checkpoints are whole, each read once as long as nobody writes to it."""
+
+    def __init__(self, reason: Callable[[Path], str | None]) -> None:
+        self._reason = reason
+        self._known: dict[Path, Any] = {}
+
+    def add(self, path: Path) -> None:
+        """Known to be whole: it was written just now."""
+        self._known[path] = seal.stamp(path)
+
+    def __call__(self, path: Path) -> bool:
+        try:
+            if self._known.get(path) == seal.stamp(path):
+                return True
+            if self._reason(path) is None:
+                self.add(path)
+                return True
+        except (OSError, DataError):  # DataError: of a later version, which is not ours to count or to remove
+            pass
+        return False

@@ -1,0 +1,432 @@
+"""What a run survives, and what a person is told: damage, full disks, signals, kills, company, spikes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import CODES
+from test_train import FLAGS, contents, cut_back, equal_runs, lines, losses, one_line, pretrain, read, run, text
+
+from functional_lm import disk, files, run_folder, training_flags, tree
+from functional_lm.__main__ import COMMANDS
+from functional_lm.cli import flags_of
+from functional_lm.disk import Operation
+from functional_lm.errors import DataError
+from functional_lm.model import transformer
+from functional_lm.text import dataset
+from functional_lm.training import checkpoint, step
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # where the other processes look, too
+import soak
+
+__all__ = ["run", "text"]  # fixtures
+QUIET = {"sample_tokens": 0, "eval_every": 0}
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_named_passed_over_and_kept(
+    run: Path, copy: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_back(copy, 12)
+    damaged = copy / "checkpoints" / "step-00000012"
+    flip(damaged / "model.safetensors")
+    before = contents(damaged)
+    assert pretrain(data=text, out=copy) == 0
+    said = capsys.readouterr().out
+    assert "passing over a damaged checkpoint, which is kept: " in said
+    assert f"{damaged}: model.safetensors is damaged (its sha256 is another)" in said
+    assert "going on from" in said
+    assert "step-00000008" in said
+    equal_runs(copy, run)
+    assert contents(copy / "checkpoints" / "step-00000012.damaged") == before
+
+
+def test_if_all_are_damaged_it_stops_and_lists_each_and_begins_nothing(
+    copy: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in checkpoint.listing(copy / "checkpoints"):
+        flip(path / "training.safetensors")
+    before = contents(copy)
+    for flags in ({}, {"resume": "never"}, {"steps": 20}):
+        assert pretrain(data=text, out=copy, **flags) == 1
+        said = one_line(capsys)
+        assert all(f"step-{step:08d}: training.safetensors is damaged" in said for step in (4, 8, 12))
+        assert contents(copy) == before
+    assert pretrain(data=text, out=copy, overwrite=True, steps=2, **QUIET) == 0
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(
+    copy: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "checkpoints" / "step-00000008"
+    flip(path / "config.json")
+    assert pretrain(data=text, out=tmp_path / "other", resume=path) == 1
+    assert f"--resume {path}: config.json is damaged" in one_line(capsys)
+    assert not (tmp_path / "other").exists()
+
+
+def test_orphans_of_a_crash_are_removed_and_an_interrupted_replacement_is_undone(
+    run: Path, copy: Path, text: Path
+) -> None:
+    cut_back(copy, 8)
+    checkpoints = copy / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / ".tmp-77-step-00000012")
+    (copy / ".tmp-77-model.safetensors").write_bytes(b"half")
+    os.replace(checkpoints / "step-00000008", checkpoints / ".tmp-old-77-step-00000008")
+    assert pretrain(data=text, out=copy) == 0
+    assert not list(copy.rglob(".tmp-*"))
+    equal_runs(copy, run)
+
+
+# The same run or another ----------------------------------------------------------------------------------------------
+
+
+def test_every_flag_is_free_to_change_or_compared() -> None:
+    """A new flag changes the mathematics until somebody says that it does not."""
+    commands = {command.name: command for command in COMMANDS}
+    names = {flag.name for verb in ("pretrain", "finetune", "dpo") for flag in flags_of(commands[verb])}
+    assert names >= training_flags.FREE
+    assert {
+        "learning_rate",
+        "batch_size",
+        "seed",
+        "compile",
+        "threads",
+        "dtype",
+        "spike",
+    } & training_flags.FREE == set()
+
+
+def test_harmless_flags_are_taken(run: Path, copy: Path, text: Path) -> None:
+    cut_back(copy, 4)
+    harmless = {"save_every": 3, "keep": 1, "log_every": 2, "on_save_error": "continue", "sample_tokens": 0}
+    assert pretrain(data=text, out=copy, **harmless) == 0
+    assert contents(copy)["model.safetensors"] == contents(run)["model.safetensors"]
+
+
+def test_another_length_of_an_unfinished_run_is_refused(
+    copy: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_back(copy, 8)
+    assert pretrain(data=text, out=copy, steps=20) == 2
+    assert "belongs to a run of another length (--steps was 12, is 20), from which its learning rates" in one_line(
+        capsys
+    )
+    assert pretrain(data=text, out=copy, steps=20, override=True, **QUIET) == 0
+    assert read(copy / "summary.json")["steps"] == 20
+
+
+def test_a_text_that_has_changed_is_another_run(copy: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut_back(copy, 8)
+    changed = copy.parent / "changed.txt"
+    shutil.copy(text, changed)
+    out = copy.parent / "run"
+    assert pretrain(data=changed, out=out, **QUIET) == 0
+    changed.write_text(changed.read_text().replace("foxes", "boxes"))
+    capsys.readouterr()
+    assert pretrain(data=changed, out=out, steps=14, **QUIET) == 1
+    assert "belongs to another run (the text has changed); --override" in one_line(capsys)
+
+
+def test_a_run_that_has_saved_nothing_yet_is_not_written_over_by_another(
+    copy: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    for name in ("model.safetensors", "summary.json"):
+        (copy / name).unlink()
+    before = contents(copy)
+    assert pretrain(data=text, out=copy, seed=5) == 2
+    assert "belongs to another run (--seed was 1337, is 5)" in one_line(capsys)
+    assert contents(copy) == before
+    (copy / "run.json").write_text('{"options": 3')
+    assert pretrain(data=text, out=copy, seed=5) == 1
+    assert "run.json is damaged" in one_line(capsys)
+
+
+def test_what_the_future_depends_on_is_in_the_checkpoint(run: Path) -> None:
+    notes = checkpoint.notes(run / "checkpoints" / "step-00000008")
+    assert notes["step"] == 8
+    assert notes["memory"]["position"] == 16
+    assert notes["run"]["options"].keys() >= {"compile", "dtype", "threads", "seed", "learning_rate", "batch_size"}
+    assert set(contents(run / "checkpoints" / "step-00000008")) == {*notes["files"], "training.json"}
+    names = tree.load(run / "checkpoints" / "step-00000008" / "training.safetensors").keys()
+    assert names == {"key", "numbers", "optimizer", "skipped", "step"}
+
+
+# Disks ----------------------------------------------------------------------------------------------------------------
+
+
+def failing_under(name: str, code: int, times: int = 10**9) -> Callable[[Operation], Any]:
+    """A disk on which nothing can be written below a folder of this name, so many times."""
+    left = [times]
+
+    def guard(operation: Operation) -> Any:
+        if name in operation.path.parts and operation.kind == "write" and left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code), str(operation.path))
+        return operation.act(1.0)
+
+    return guard
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_a_disk_that_takes_no_checkpoint_stops_the_run_and_leaves_the_old_ones(
+    run: Path, copy: Path, text: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    cut_back(copy, 8)
+    before = contents(copy / "checkpoints")
+    with disk.watched_by(failing_under("checkpoints", CODES[kind])):
+        assert pretrain(data=text, out=copy) == 1
+    said = one_line(capsys)
+    assert f"{os.strerror(CODES[kind])}); what was saved before is whole" in said
+    assert contents(copy / "checkpoints") == before
+    assert pretrain(data=text, out=copy) == 0
+    equal_runs(copy, run)
+
+
+def test_or_it_goes_on_if_it_is_told_to(
+    run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    with disk.watched_by(failing_under("checkpoints", errno.ENOSPC, times=1)):
+        assert pretrain(data=text, out=out, on_save_error="continue") == 0
+    assert "No space left on device); training goes on without it" in capsys.readouterr().out
+    assert [path.name for path in checkpoint.listing(out / "checkpoints")] == ["step-00000008", "step-00000012"]
+    equal_runs(out, run)
+
+
+def test_records_that_cannot_be_written_are_lost_or_end_the_run(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, code in (("stop", 1), ("continue", 0)):
+        out = tmp_path / name
+        with disk.watched_by(failing_under("metrics.jsonl", errno.EIO, times=2)):
+            assert pretrain(data=text, out=out, on_save_error=name, **QUIET) == code
+        said = capsys.readouterr()
+        assert "a record of the run was lost (" in (said.err if code else said.out)
+    assert [row["step"] for row in lines(tmp_path / "continue")][:10] == list(range(3, 13))
+
+
+def test_a_folder_that_is_gone_is_not_made_again(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plain = tmp_path / "run", dataset.batch
+
+    def vanishing(view: Any, number: int, *rest: Any) -> Any:
+        if number == 5:
+            shutil.rmtree(out)
+        return plain(view, number, *rest)
+
+    monkeypatch.setattr(dataset, "batch", vanishing)
+    assert pretrain(data=text, out=out, **QUIET) == 1
+    assert "the run folder is gone" in one_line(capsys)
+    assert not out.exists()
+
+
+# Company --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused(
+    copy: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (copy, tmp_path / "fresh"):
+        with run_folder.held(out):
+            before = contents(out)
+            assert pretrain(data=text, out=out, steps=20) == 1
+            assert f"another process is training in {out}; wait for it" in one_line(capsys)
+            assert contents(out) == before
+    assert not (tmp_path / "fresh").exists()
+    assert not (copy / run_folder.LOCK).exists()
+
+
+def test_a_lock_file_of_a_killed_process_locks_nobody_out(copy: Path, text: Path) -> None:
+    (copy / run_folder.LOCK).touch()
+    assert pretrain(data=text, out=copy) == 0
+
+
+def test_two_locks_exclude_each_other(tmp_path: Path) -> None:
+    with files.locked(tmp_path / "lock", "busy"), pytest.raises(DataError, match="busy"):
+        files.locked(tmp_path / "lock", "busy").__enter__()
+    with files.locked(tmp_path / "lock", "busy"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Numbers of microbatches whose loss and gradient are not finite."""
+    plain, bad = transformer.loss, set[int]()
+    numbers: list[int] = []
+    batch = dataset.batch
+
+    def noting(view: Any, number: int, *rest: Any) -> Any:
+        numbers.append(number)
+        return batch(view, number, *rest)
+
+    def loss(params: Any, batch: Any, config: Any, key: Any = None, z_loss: float = 0.0) -> Any:
+        value, sums = plain(params, batch, config, key, z_loss)
+        factor = torch.nan if numbers and numbers[-1] in bad else 1.0
+        return value * factor, {**sums, "nll": sums["nll"] * factor}
+
+    monkeypatch.setattr(dataset, "batch", noting)
+    made = step.training
+    monkeypatch.setattr(step, "training", lambda *a, **k: made(*a, **{"objective": loss, **k}))
+    return bad
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_logged_with_its_place(
+    text: Path, tmp_path: Path, poisoned: set[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned.add(2 * 5 + 1)  # the second microbatch of step 6
+    out = tmp_path / "run"
+    flags = {"save_every": 1, "ema_decay": 0.9, "eval_every": 3, "patience": 9, "sample_tokens": 0}
+    assert pretrain(data=text, out=out, **flags) == 0
+    row = next(row for row in lines(out) if "skipped" in row)
+    assert (row["step"], row["skipped"], row["microbatch"], row["loss"]) == (6, 1, 10, None)
+    assert "step 6 changed nothing: its loss or gradient was not finite (microbatch 10 of" in capsys.readouterr().out
+    before, after = (out / "checkpoints" / checkpoint.name(step) for step in (5, 6))
+    assert tree.digest(tree.load(before / "model.safetensors")) == tree.digest(tree.load(after / "model.safetensors"))
+    old, new = (tree.load(path / "training.safetensors") for path in (before, after))
+    assert all(tree.digest(old[name]) == tree.digest(new[name]) for name in ("optimizer", "ema"))
+    assert (int(new["skipped"]), int(new["step"])) == (1, 6)
+
+
+def test_too_many_in_a_row_end_the_run_also_across_processes(
+    text: Path, tmp_path: Path, poisoned: set[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned |= {13, 15, 17, 19}  # steps 7, 8, 9, 10
+    out, flags = tmp_path / "run", {**QUIET, "save_every": 1, "bad_steps": 4}
+    assert pretrain(data=text, out=out, **flags) == 1
+    assert "the loss is not finite in step 10 and in the 3 before it (microbatch 18 of the data" in one_line(capsys)
+    assert checkpoint.listing(out / "checkpoints")[-1].name == "step-00000009"
+    assert pretrain(data=text, out=out, **flags) == 1
+    assert "is not finite in step 10 and in the 3 before it" in one_line(capsys)
+
+
+def test_what_is_not_finite_is_never_the_best() -> None:
+    from functional_lm.trainer import Best
+
+    best = Best()
+    assert [best.observe(1, value) for value in (float("nan"), float("inf"), 3.0, float("-inf"), 2.0)] == [
+        False, False, True, False, True,
+    ]  # fmt: skip
+
+
+def test_a_spike_goes_back_past_its_batches_and_is_the_same_when_killed_behind_it(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batch 27 holds nothing but one token over and over, which a model of the text does not expect."""
+    plain, seen = dataset.batch, []
+
+    def strange(view: Any, number: int, *rest: Any) -> Any:
+        seen.append(number)
+        made = plain(view, number, *rest)
+        return {**made, "targets": made["targets"] * 0 + 7} if number == 26 else made
+
+    monkeypatch.setattr(dataset, "batch", strange)
+    flags = {**QUIET, "gradient_accumulation_steps": 1, "spike": 1.15, "save_every": 5, "steps": 32}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert pretrain(data=text, out=whole, **flags) == 0
+    assert (
+        "the loss spiked in step 27: back to step 25, past the batches of the steps between" in capsys.readouterr().out
+    )
+    assert seen == [*range(27), *range(27, 34)]
+    assert [step for step, _ in losses(whole)] == list(range(1, 33))
+    assert checkpoint.notes(checkpoint.listing(whole / "checkpoints")[-1])["memory"]["ahead"] == 2
+    shutil.copytree(whole, parts)
+    cut_back(parts, 30)
+    assert pretrain(data=text, out=parts, **flags) == 0
+    assert contents(parts)["model.safetensors"] == contents(whole)["model.safetensors"]
+    assert losses(parts) == losses(whole)
+
+
+# Real processes -------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_instants_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    assert soak.soak(3, tmp_path, seed=4).kills == 3
+
+
+@pytest.mark.long
+def test_killed_a_hundred_times(tmp_path: Path) -> None:
+    result = soak.soak(100, tmp_path, seed=1)
+    assert result.kills == 100
+    assert len(result.resumed) > 10
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_sigterm_saves_and_says_130_and_a_second_trainer_is_refused(tmp_path: Path) -> None:
+    """Exit code 130, documented in the README, for SIGTERM as for Ctrl-C."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = soak.words(
+        data=soak.text(tmp_path / "text.txt"), out=out, steps=100_000, save_every=99_999, eval_every=99_999
+    )
+    first = soak.begun(argv, log)
+    until(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) > 5)
+    second = soak.begun(argv, tmp_path / "second")
+    second.join(60)
+    assert second.exitcode == 1
+    assert f"another process is training in {out}" in (tmp_path / "second").read_text()
+    os.kill(first.pid, signal.SIGTERM)
+    first.join(60)
+    assert first.exitcode == 130
+    said = log.read_text()
+    assert "finishing this step, then saving (once more to stop at once)" in said
+    assert "Traceback" not in said
+    (saved,) = checkpoint.listing(out / "checkpoints")
+    assert losses(out)[-1][0] == checkpoint.notes(saved)["step"]
+    assert not (out / run_folder.LOCK).exists()
+
+
+def test_the_second_signal_exits_at_once(tmp_path: Path) -> None:
+    """In a run whose step never ends."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = soak.words(data=soak.text(tmp_path / "text.txt"), out=out, steps=9)
+    process = soak.context().Process(target=soak.stuck, args=(argv, str(log)))
+    process.start()
+    until(lambda: log.exists() and "stuck" in log.read_text())
+    os.kill(process.pid, signal.SIGINT)
+    until(lambda: "once more to stop at once" in log.read_text())
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == 130
+    assert "Traceback" not in log.read_text()
+
+
+def test_json_of_a_run_is_what_every_reader_understands(run: Path) -> None:
+    for path in run.rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert FLAGS["steps"] == 12

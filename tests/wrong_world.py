@@ -1,0 +1,131 @@
+"""A folder of everything that can be wrong with a file, for the calls of test_wrong_calls."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from test_train import FLAGS, command
+
+from functional_lm import files, folder, tree
+from functional_lm.text import dataset
+
+TINY = {name: FLAGS[name] for name in ("d_model", "n_layers", "n_heads", "d_ff", "max_len")}
+QUICK = {"compile": "false", "dtype": "float32", "device": "cpu", "steps": 1, "batch_size": 2, "sample_tokens": 0}
+QUICK |= {"warmup_steps": 1, "val_fraction": 0}
+
+
+def lines(path: Path, *rows: object) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make(root: Path) -> None:
+    """Sound things first: `text.txt words/ tokens.bin model/ adapter/ chats.jsonl pairs.jsonl arch.json`."""
+    texts(root)
+    assert command("train-tokenizer", data=root / "text.txt", out=root / "words", vocab_size=320) == 0
+    assert command("train-tokenizer", data=root / "text.txt", out=root / "others", vocab_size=330) == 0
+    assert command("prepare", data=root / "text.txt", out=root / "tokens", tokenizer=root / "words") == 0
+    flags = {"data": root / "tokens.bin", "tokenizer": root / "words", "out": root / "model"}
+    assert command("pretrain", **{**TINY, **QUICK, **flags}) == 0
+    shutil.rmtree(root / "model" / "tensorboard")
+    chats(root)
+    flags = {"data": root / "chats.jsonl", "model": root / "model", "out": root / "adapter", "lora_rank": 2}
+    assert command("lora-finetune", **{**QUICK, **flags}) == 0
+    assert command("create-config", output=root / "arch.json") == 0
+    broken_datasets(root)
+    broken_models(root)
+    configurations(root)
+
+
+def texts(root: Path) -> None:
+    (root / "text.txt").write_text(
+        "".join(f"line {i}: {i * i % 97} foxes jump over {i % 13} lazy dogs.\n" for i in range(150))
+    )
+    (root / "empty.txt").touch()
+    (root / "blank.txt").write_text(" \n\n\t\n")
+    (root / "binary.txt").write_bytes(bytes(range(256)) * 64)
+    (root / "latin1.txt").write_bytes("Gr\xfc\xdfe aus K\xf6ln\n".encode("latin-1") * 40)
+    (root / "short.txt").write_text("short")
+    (root / "file").write_text("a file where a folder is needed")
+    (root / "folder").mkdir()
+    (root / "folder" / "letter.txt").write_text("dear reader, this is no run\n" * 9)
+    (root / "nothing").mkdir()
+
+
+def chats(root: Path) -> None:
+    turns = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it is said"}]
+    lines(root / "chats.jsonl", *({"messages": turns} for _ in range(8)))
+    lines(root / "pairs.jsonl", *({"prompt": "a", "chosen": "good", "rejected": "bad"} for _ in range(8)))
+    lines(root / "roles.jsonl", {"messages": [{"role": "nobody", "content": "x"}]})
+    lines(root / "wordless.jsonl", {"messages": [{"role": "user"}]})
+    lines(root / "numbers.jsonl", 1, 2, 3)
+    lines(root / "silent.jsonl", {"messages": [{"role": "user", "content": "no answer"}]})
+    (root / "garbage.jsonl").write_text('{"messages": [\n')
+    (root / "deep.jsonl").write_text("[" * 100_000 + "\n")
+
+
+def broken_datasets(root: Path) -> None:
+    def copied(name: str) -> tuple[Path, Path]:
+        for suffix in (".bin", ".index"):
+            shutil.copy(root / f"tokens{suffix}", root / f"{name}{suffix}")
+        return root / f"{name}.bin", root / f"{name}.index"
+
+    data, _ = copied("cut")
+    data.write_bytes(data.read_bytes()[:-4])
+    _, index = copied("cutindex")
+    index.write_bytes(index.read_bytes()[:100])
+    _, index = copied("foreign")
+    index.write_bytes(b"MMIDIDX\x00\x00" + bytes(300))
+    data, _ = copied("swapped")
+    data.write_bytes(np.fromfile(data, "<i4").astype(">i4").tobytes())
+    data, _ = copied("beyond")
+    tokens = np.fromfile(data, "<i4")
+    tokens[5] = 70_000
+    data.write_bytes(tokens.tobytes())
+    (root / "alone.bin").write_bytes(bytes(400))
+    with dataset.writing(root / "wide", 100_000, 0, "ab" * 32) as writer:
+        writer.append(np.full(200, 99_999))
+
+
+def broken_models(root: Path) -> None:
+    def copied(name: str) -> Path:
+        shutil.copytree(root / "model", root / name, ignore=shutil.ignore_patterns("checkpoints", "data", "*.jsonl"))
+        return root / name
+
+    params = folder.load(root / "model").params
+    weights = tree.flatten(params)
+    weights["model.norm.weight"][0] = torch.nan
+    tree.save(tree.unflatten(weights), copied("nan") / "model.safetensors")
+    weights["model.norm.weight"][0] = 1.0
+    path = copied("truncated") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    (copied("headless") / "model.safetensors").write_bytes(b"\xff" * 400)
+    tree.save(tree.select(params, "*mlp*"), copied("partial") / "model.safetensors")
+    (copied("wordless") / "tokenizer.model").unlink()
+    (root / "wordless" / "tokenizer.json").unlink()
+    shutil.copy(root / "others" / "tokenizer.model", copied("mixed") / "tokenizer.model")
+    (copied("noconfig") / "config.json").unlink()
+    (copied("badconfig") / "config.json").write_text('{"functional_lm": [1]}')
+    values = files.read_json(copied("heads") / "config.json")
+    values["functional_lm"]["n_heads"], values["functional_lm"]["head_dim"] = 3, 0
+    files.write_json(root / "heads" / "config.json", values)
+    (root / "pickled").mkdir()
+    shutil.copy(root / "model" / "config.json", root / "pickled" / "config.json")
+    (root / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04\x95")
+    shutil.copytree(root / "adapter", root / "badadapter", ignore=shutil.ignore_patterns("checkpoints", "*.jsonl"))
+    (root / "badadapter" / "adapter_config.json").write_text('{"r": "many"}')
+    (root / "badwords").mkdir()
+    (root / "badwords" / "tokenizer.model").write_bytes(b"\x00\x01 this is no SentencePiece model")
+
+
+def configurations(root: Path) -> None:
+    (root / "list.json").write_text("[1, 2]")
+    (root / "half.json").write_text('{"d_model": 3')
+    (root / "unknown.json").write_text('{"d_modell": 32}')
+    (root / "types.json").write_text('{"d_model": "wide"}')
+    (root / "huge.json").write_text('{"d_model": 1e400}')
+    (root / "undecodable.json").write_bytes(b'{"d_model": "\xff"}')
+    (root / "deep.json").write_text("[" * 100_000)
