@@ -125,6 +125,23 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
+def append(path: str | Path, text: str, length: int | None = None) -> int:
+    """Add to a file that only grows, synced; returns its length. With `length` it is cut to so many bytes first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "ab") as file:
+        if length is not None:
+            file.truncate(length)
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+    if new:
+        sync(path.parent)
+    return size
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Indented JSON that every reader understands: NaN and Infinity are refused rather than invented."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
