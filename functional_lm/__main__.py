@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from functional_lm import architecture, chat, finetune, generate, interchange, merge, prepare, quantize, serve, train
+from functional_lm import (
+    architecture,
+    chat,
+    evolve,
+    finetune,
+    generate,
+    interchange,
+    merge,
+    prepare,
+    quantize,
+    serve,
+    train,
+)
 from functional_lm.cli import main
 
 COMMANDS = (
@@ -18,6 +30,7 @@ COMMANDS = (
     finetune.DPO,
     generate.COMMAND,
     chat.COMMAND,
+    evolve.COMMAND,
     merge.COMMAND,
     quantize.COMMAND,
     interchange.IMPORT,

@@ -12,6 +12,7 @@ digest, is compiled in the ordinary way. The files lie in Inductor's cache folde
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +20,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+from functional_lm import files
 
 
 class NoDigestError(Exception):
@@ -97,14 +99,11 @@ def _variant(portable: Callable[..., Any], function: Callable[..., Any], args: t
     except NoDigestError:
         return None
     if path.is_file():
-        try:
-            with path.open("rb") as file:
-                variant: Any = torch.compiler.load_compiled_function(file)
+        with contextlib.suppress(Exception):  # damaged, or of a torch that reads it differently: it is made anew
+            variant: Any = _read(path)
             if variant.guard_check(*args):
                 _LOADED[0] += 1
                 return variant
-        except Exception:  # damaged, or of a torch that reads it differently: it is made anew
-            path.unlink(missing_ok=True)
     try:
         variant = portable.aot_compile((args, {}))  # type: ignore[attr-defined]
         data = type(variant).serialize(variant).serialized_data
@@ -114,16 +113,15 @@ def _variant(portable: Callable[..., Any], function: Callable[..., Any], args: t
     return variant
 
 
+def _read(path: Path) -> Any:
+    with path.open("rb") as file:
+        return torch.compiler.load_compiled_function(file)
+
+
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all; a store that cannot be written is no store."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, beside = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(beside, path)
-    except OSError:
-        return
+    with contextlib.suppress(OSError), files.writing(path, "wb") as file:
+        file.write(data)
 
 
 def folder() -> Path:

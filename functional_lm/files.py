@@ -157,6 +157,22 @@ def append(path: str | Path, anew: bool = False) -> IO[Any]:
     return disk.create(path, "w" if anew else "a")
 
 
+def grow(path: str | Path, text: str, length: int | None = None) -> int:
+    """Add to a file that only grows, synced; returns its length. With `length` it is cut to so many bytes first."""
+    path = Path(path)
+    make_folder(path.parent)
+    new = not path.exists()
+    with disk.create(path, "ab") as file:
+        if length is not None:
+            file.truncate(length)
+        file.write(text.encode())
+        disk.sync_file(file)
+        size = os.fstat(file.fileno()).st_size
+    if new:
+        sync(path.parent)
+    return size
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Indented JSON that every reader understands: NaN and Infinity are refused rather than invented."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -86,10 +86,15 @@ def fold_in_name(key: Key, name: str) -> Key:
 
     Every leaf of a tree draws from the key of its own path, so neither order nor subset changes a draw.
     """
+    return fold_in(key, name_hash(name))
+
+
+def name_hash(name: str) -> int:
+    """The 32-bit FNV-1a hash of a name: what `fold_in_name` folds in, for tables of names."""
     digest = 0x811C9DC5
     for byte in name.encode():  # plain arithmetic, because Dynamo traces it
         digest = ((digest ^ byte) * 0x01000193) & _WORD
-    return fold_in(key, digest)
+    return digest
 
 
 def threefry(key: Key, x0: Int32[Tensor, "*n"] | int, x1: Int32[Tensor, "*n"] | int) -> tuple[Tensor, Tensor]:

@@ -145,7 +145,7 @@ def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Out
     if ended := clock.ending(done):
         outcome.ended = ended
         return outcome
-    with _stopping() as stopping:
+    with stopping_by_signal() as stopping:
         with console.announced("compiling the training step", quiet=not plan.compile) as compiling_clock:
             outcome.state, report = step(outcome.state, done)
             compiling.synchronize(state.step.device)
@@ -326,7 +326,7 @@ def _ends_epoch(number: int, steps: float) -> bool:
 
 
 @contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
+def stopping_by_signal() -> Iterator[Callable[[], bool]]:
     """A function that tells whether the first Ctrl-C or SIGTERM has come; the second one acts as always."""
     asked = False
 

@@ -1,0 +1,1 @@
+"""Evolution: populations of models, adapters and settings as a vmap axis."""

@@ -1,0 +1,204 @@
+"""Evolution strategies that estimate a gradient: perturb a centre, weigh the perturbations, let an optimizer step.
+
+    ĝ = 1 / (P σ) Σ wᵢ sᵢ εᵢ        wᵢ the shaped fitness, sᵢ = ±1 the sign, εᵢ of unit variance
+
+A *perturbation* says how ε is drawn and put into the tree; this is what strategies differ in (`openai.py`,
+`eggroll.py`). Noise is *stored* (`ask` draws it for all members) or *regenerated*: then a member is a key and a sign,
+and its noise is drawn inside the forward, so that memory does not grow with P.
+
+Axes: P members, N pairs (or members, where they are not paired).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from functional_lm import keys, tree
+from functional_lm.errors import UsageError
+from functional_lm.evolution import strategy as common
+from functional_lm.evolution.shaping import shaping
+from functional_lm.evolution.strategy import Candidates, Strategy
+from functional_lm.training.transformation import Optimizer
+from functional_lm.tree import Tree
+
+NOISES = ("stored", "regenerated")
+NUMBERS = {
+    "sigma": 0.02,
+    "learning_rate": 0.01,
+    "weight_decay": 0.0,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "momentum": 0.95,
+    "grad_clip": 0.0,
+}
+BLOCK = 1 << 26  # numbers of noise that `tell` draws at once
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a gradient is estimated."""
+
+    population: int = 32
+    antithetic: bool = True
+    shaping: str = "centered_rank"
+    noise: str = "stored"
+
+
+class Perturbation(NamedTuple):
+    """`draw(key, shapes) -> noise`, of unit variance; `put(centre, noise, amount) -> leaves` of a member;
+    `fixed(centre)`, the leaves that all members have as they stand; `sum(weights, noises, shapes) -> gradient`, of
+    noises with an axis N in front; `numbers(shapes)`, how many of them a draw has.
+    """
+
+    draw: Callable[[Tensor, common.Shapes], Tree]
+    put: Callable[[Tree, Tree, Tensor], Tree]
+    fixed: Callable[[Tree], Tree]
+    sum: Callable[[Tensor, Tree, common.Shapes], Tree]
+    numbers: Callable[[common.Shapes], int]
+
+
+class Search(NamedTuple):
+    """The state. `numbers` are the optimizer's and σ, 0-d, which may change during a run."""
+
+    key: Tensor
+    generation: Tensor
+    centre: Tree
+    best: Tree
+    best_fitness: Tensor
+    optimizer: Tree
+    numbers: dict[str, Tensor]
+
+
+def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def estimating(
+    name: str,
+    settings: Settings,
+    perturbation: Perturbation,
+    optimizer: Optimizer,
+    numbers: Mapping[str, float] | None = None,
+    wrap: Wrap = unwrapped,
+) -> Strategy:
+    """The strategy around a perturbation. `wrap` (`compiled`, say) goes around its heavy parts.
+
+    Raises UsageError for settings that contradict each other.
+    """
+    common.check_population(settings.population, antithetic=settings.antithetic)
+    weigh = shaping(settings.shaping)
+    if settings.noise not in NOISES:
+        raise UsageError(f"noise is {settings.noise!r}; it can be {', '.join(NOISES)}")
+    count, pairs = settings.population, settings.population // (2 if settings.antithetic else 1)
+    signs = (1.0, -1.0) if settings.antithetic else (1.0,)
+    constants = {**NUMBERS, **(numbers or {})}
+
+    def init(key: Tensor, start: Tree) -> Search:
+        common.check_tree(start)
+        known = {name: torch.tensor(float(value), device=key.device) for name, value in sorted(constants.items())}
+        zero = torch.zeros((), dtype=torch.int64, device=key.device)
+        return Search(key, zero, start, start, common.worst(key), optimizer.init(start), known)
+
+    def one(centre: Tree, key: Tensor, amount: Tensor) -> Tree:
+        return perturbation.put(centre, perturbation.draw(key, common.shapes_of(centre)), amount)
+
+    def both(centre: Tree, key: Tensor, sigma: Tensor) -> Tree:
+        """A pair: its noise is drawn once."""
+        noise = perturbation.draw(key, common.shapes_of(centre))
+        amounts = sigma * torch.tensor(signs, device=key.device)
+        return torch.vmap(lambda amount: perturbation.put(centre, noise, amount))(amounts)
+
+    def all_of_them(centre: Tree, own: Tensor, sigma: Tensor) -> Tree:
+        made = torch.vmap(lambda key: both(centre, key, sigma))(own)
+        return tree.map(lambda leaf: leaf.flatten(0, 1), made)
+
+    def plain(centre: Tree, key: Tensor, amount: Tensor) -> Tree:
+        return formed(centre, one(centre, key, amount))
+
+    stored, partial, winner = wrap(all_of_them), wrap(_partial(perturbation)), wrap(plain)
+
+    def pair_keys(state: Search) -> Tensor:
+        return common.member_keys(common.generation_key(state), pairs)
+
+    def ask(state: Search) -> Candidates:
+        own, sigma = pair_keys(state), state.numbers["sigma"]
+        fixed = perturbation.fixed(state.centre)
+        if settings.noise == "stored":
+            return Candidates(fixed, {}, stored(state.centre, own, sigma))
+        sign = torch.tensor(signs, device=own.device).repeat(pairs)
+        each = {"key": own.repeat_interleave(len(signs), 0), "sign": sign}
+        return Candidates(fixed, {"centre": state.centre, "sigma": sigma}, each)
+
+    def member(shared: Tree, own: Tree) -> Tree:
+        if settings.noise == "stored":
+            return own
+        return one(shared["centre"], own["key"], own["sign"] * shared["sigma"])
+
+    def dense(candidates: Candidates, index: int) -> Tree:
+        return formed(candidates.fixed, member(candidates.shared, tree.index(candidates.own, index)))
+
+    def tell(state: Search, fitness: Float[Tensor, "P"]) -> Search:
+        own, sigma = pair_keys(state), state.numbers["sigma"]
+
+        def candidate(index: Tensor) -> Tree:
+            sign = torch.tensor(signs, device=own.device)[index % len(signs)]
+            return winner(state.centre, own[index // len(signs)], sign * sigma)
+
+        best, best_fitness = common.improved(state, fitness, candidate)
+        weights = weigh(fitness.to(own.device)).to(sigma.dtype).view(pairs, len(signs))
+        weights = (weights * torch.tensor(signs, device=own.device)).sum(-1) / (count * sigma)
+        shapes = common.shapes_of(state.centre)
+        at_once = max(1, BLOCK // perturbation.numbers(shapes))
+        total: Tree | None = None
+        for some, of in zip(own.split(at_once), weights.split(at_once)):
+            part = partial(state.centre, some, of)
+            total = part if total is None else tree.add(total, part)
+        now = {**state.numbers, "step": state.generation}
+        assert total is not None
+        downhill = tree.scale(total, -1.0)
+        updates, moments = optimizer.update(downhill, state.optimizer, state.centre, now)
+        centre = tree.map(lambda p, u: (p + u).to(p.dtype), state.centre, updates)
+        return Search(state.key, state.generation + 1, centre, best, best_fitness, moments, state.numbers)
+
+    return Strategy(name, count, init, ask, tell, member, dense)
+
+
+def _partial(perturbation: Perturbation) -> Callable[[Tree, Tensor, Tensor], Tree]:
+    def partial(centre: Tree, own: Tensor, weights: Tensor) -> Tree:
+        """Σ wᵢ εᵢ over some of the pairs, drawn again from their keys."""
+        shapes = common.shapes_of(centre)
+        return perturbation.sum(weights, torch.vmap(lambda key: perturbation.draw(key, shapes))(own), shapes)
+
+    return partial
+
+
+def formed(fixed: Tree, leaves: Tree) -> Tree:
+    """A member as plain leaves: low-rank noise beside a fixed weight is added to it."""
+    from functional_lm.model.linear import product
+    from functional_lm.model.lora import EMBEDDING
+
+    base, flat = tree.flatten(fixed), tree.flatten(leaves)
+    made = {**base, **{name: leaf for name, leaf in flat.items() if not _beside(name, base)}}
+    for path in {name.rpartition(".")[0]: None for name in flat if _beside(name, base)}:
+        change = product({kind: flat[f"{path}.{kind}"] for kind in ("lora_A", "lora_B", "lora_scale")})
+        weight = base[f"{path}.weight"]
+        made[f"{path}.weight"] = (weight + (change.mT if path.endswith(EMBEDDING) else change)).to(weight.dtype)
+    return tree.unflatten(made)
+
+
+def _beside(name: str, base: Mapping[str, Tensor]) -> bool:
+    path, _, kind = name.rpartition(".")
+    return kind.startswith("lora_") and f"{path}.weight" in base and name not in base
+
+
+def sample(key: Tensor, shapes: common.Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Standard normal draws by name."""
+    return common.drawn(key, shapes, keys.normal, dtype)

@@ -1,0 +1,189 @@
+"""The loop around a strategy: ask, measure, write down, tell. The clock, the terminal and signals are met here.
+
+A generation is on the disk before it is told, so that a stopped run loses nothing but the generation it was measuring.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from functional_lm import console, files, tree
+from functional_lm.errors import DataError
+from functional_lm.evolution import journal as journals
+from functional_lm.evolution import strategy as common
+from functional_lm.evolution.journal import Journal
+from functional_lm.evolution.strategy import Candidates, Strategy
+from functional_lm.training import checkpoint as checkpoints
+from functional_lm.training.loop import stopping_by_signal
+
+LOST = 5  # generations in a row without one finite fitness that end the run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far and how often; counted in generations, 0 for never."""
+
+    generations: int
+    evaluations: int | None = None
+    seconds: float | None = None
+    target: float | None = None
+    save_every: int = 10
+    eval_every: int = 0
+    keep: int = 2
+
+
+class Hooks(NamedTuple):
+    """What the loop asks of the world outside."""
+
+    measure: Callable[[Candidates, int], Tensor]  # the fitness [P] of a generation's candidates
+    record: Callable[[int, Mapping[str, float]], None]
+    validate: Callable[[Any], Mapping[str, float]] = lambda state: {}
+
+
+@dataclass
+class Outcome:
+    """What the loop ended with."""
+
+    state: Any
+    journal: Journal
+    ended: str = "generations"  # or "evaluations", "minutes", "target", "interrupted"
+    seconds: float = 0.0
+
+
+def told(strategy: Strategy, state: Any, entry: Mapping[str, Any]) -> Any:
+    """The state after a generation of a journal. Raises DataError for one that this state did not ask."""
+    key = common.generation_key(state)
+    if key.tolist() != entry["key"] or int(state.generation) != entry["generation"]:
+        raise DataError(f"generation {entry['generation']} of the journal was drawn from another key")
+    fitness = journals.fitness_of(entry)
+    if len(fitness) != strategy.population:
+        raise DataError(f"generation {entry['generation']} of the journal has {len(fitness)} members")
+    return strategy.tell(state, torch.tensor(fitness, device=key.device))
+
+
+def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hooks, out: Path) -> Outcome:
+    """Evolve to the end of the plan. Ctrl-C or SIGTERM ends after the generation; the state is on the disk.
+
+    Raises DataError when no member of `LOST` generations in a row had a finite fitness.
+    """
+    before = journal.generations[-1]["seconds"] if journal.generations else 0.0
+    outcome, started, lost = Outcome(state, journal, seconds=before), time.perf_counter(), 0
+    total = plan.generations
+    with (
+        stopping_by_signal() as stopping,
+        tqdm(total=total, initial=int(state.generation), unit=" generations", dynamic_ncols=True, disable=None) as bar,
+    ):
+        while True:
+            number = int(outcome.state.generation)
+            outcome.seconds = before + time.perf_counter() - started
+            if ended := _ending(plan, strategy, outcome, number):
+                outcome.ended = ended
+                break
+            if stopping():
+                outcome.ended = "interrupted"
+                break
+            began = time.perf_counter()
+            fitness = hooks.measure(strategy.ask(outcome.state), number).float().cpu()
+            if fitness.shape != (strategy.population,):
+                raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not ({strategy.population},)")
+            fitness = torch.where(torch.isfinite(fitness), fitness, math.nan)
+            seconds = before + time.perf_counter() - started
+            entry = journals.entry(number, common.generation_key(outcome.state).tolist(), fitness.tolist(), seconds)
+            outcome.journal = journals.append(outcome.journal, entry)
+            outcome.state = told(strategy, outcome.state, entry)
+            lost = 0 if torch.isfinite(fitness).any() else lost + 1
+            values = _values(strategy, outcome.state, fitness, time.perf_counter() - began)
+            if plan.eval_every and (number + 1) % plan.eval_every == 0:
+                values |= hooks.validate(outcome.state)
+            hooks.record(number + 1, values)
+            bar.set_postfix_str(_shown(values), refresh=False)
+            bar.update()
+            if lost == LOST:
+                raise DataError(
+                    f"no member of {LOST} generations in a row had a finite fitness; give a smaller --sigma"
+                )
+            if plan.save_every and (number + 1) % plan.save_every == 0:
+                save(out, outcome, plan.keep)
+    save(out, outcome, plan.keep)
+    return outcome
+
+
+def _ending(plan: Plan, strategy: Strategy, outcome: Outcome, number: int) -> str | None:
+    if number >= plan.generations:
+        return "generations"
+    if plan.evaluations is not None and (number + 1) * strategy.population > plan.evaluations:
+        return "evaluations"
+    if plan.seconds is not None and outcome.seconds >= plan.seconds:
+        return "minutes"
+    if plan.target is not None and float(outcome.state.best_fitness) >= plan.target:
+        return "target"
+    return None
+
+
+def _values(strategy: Strategy, state: Any, fitness: Tensor, seconds: float) -> dict[str, float]:
+    """A line of metrics; best, mean and spread are this generation's, over its finite members."""
+    known = fitness[torch.isfinite(fitness)].double()
+    number = int(state.generation)
+    return {
+        "generation": number,
+        "evaluations": number * strategy.population,
+        "fitness_best": float(known.max()) if len(known) else math.nan,
+        "fitness_mean": float(known.mean()) if len(known) else math.nan,
+        "fitness_std": float(known.std(correction=0)) if len(known) else math.nan,
+        "fitness_best_so_far": float(state.best_fitness),
+        "not_finite": len(fitness) - len(known),
+        "evaluations_per_second": strategy.population / seconds,
+    }
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    return (
+        f"best {values['fitness_best']:.4f}, mean {values['fitness_mean']:.4f} ± {values['fitness_std']:.4f}, "
+        f"{console.count(values['evaluations_per_second'])} evaluations/s"
+    )
+
+
+# States on the disk ---------------------------------------------------------------------------------------------------
+
+
+def save(out: Path, outcome: Outcome, keep: int) -> Path:
+    """The state as a checkpoint, with the journal's check, so that the two are not mixed up."""
+    number = int(outcome.state.generation)
+    path = out / "checkpoints" / checkpoints.name(number)
+    with files.writing_folder(path) as temporary:
+        tree.save(outcome.state, temporary / "state.safetensors")
+        files.write_json(
+            temporary / "state.json", {"generation": number, "length": outcome.journal.length, "kind": "evolution"}
+        )
+    checkpoints.prune(out / "checkpoints", keep)
+    return path
+
+
+def resumed(strategy: Strategy, state: Any, journal: Journal, out: Path) -> Any:
+    """The state to go on with: the newest checkpoint's, and the journal's generations behind it told again.
+
+    Without a checkpoint all of them are. Raises DataError for a journal that ends before its checkpoint.
+    """
+    found = checkpoints.listing(out / "checkpoints")
+    if found:
+        number = files.read_json(found[-1] / "state.json")["generation"]
+        if number > len(journal.generations):
+            raise DataError(
+                f"{journal.path} ends with generation {len(journal.generations)} and {found[-1]} stands at {number}; "
+                f"remove {found[-1]} to go on from the journal"
+            )
+        state = tree.restore(
+            state, tree.flatten(tree.load(found[-1] / "state.safetensors", state.key.device)), str(found[-1])
+        )
+    for entry in journal.generations[int(state.generation) :]:
+        state = told(strategy, state, entry)
+    return state

@@ -1,0 +1,144 @@
+"""A whole population through one compiled call: members are a vmap axis, what they share is not mapped.
+
+    evaluate = evaluator(strategy, space, objective, dtype, chunk, compiled)
+    fitness  = evaluate(candidates, batch)                                      [P]
+
+The members go through in chunks of one size, so that one graph serves all of them and all generations; the last chunk
+is filled up with members that count nothing.
+
+Axes: P members, C members of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from functional_lm import tree
+from functional_lm.evolution.fitness import Batch, Objective
+from functional_lm.evolution.gradient import Wrap, unwrapped
+from functional_lm.evolution.spaces import Space
+from functional_lm.evolution.strategy import Candidates, Strategy
+from functional_lm.model.config import ModelConfig
+from functional_lm.tree import Tree
+
+TOKENS_AT_ONCE = 16384  # more in one chunk is no faster on a CPU, and takes memory
+SHARE = 0.5  # of the free memory that a chunk may take
+
+Evaluate = Callable[[Candidates, Batch], Float[Tensor, "P"]]
+
+
+class Prepared(NamedTuple):
+    """A generation ready to be computed: the shared compute copy, and what a member is made with."""
+
+    frozen: Tree
+    shared: Tree
+
+
+def preparation(strategy: Strategy, space: Space, dtype: torch.dtype) -> Callable[[Candidates], Prepared]:
+    """What is done once a generation; nothing where members share what the base has already."""
+    kept: dict[str, Any] = {}
+
+    def prepare(candidates: Candidates) -> Prepared:
+        if "names" not in kept:
+            first = tree.map(lambda leaf: leaf[0], candidates.own)
+            kept["names"] = list(tree.flatten(strategy.member(candidates.shared, first)))
+        if candidates.fixed or "frozen" not in kept:
+            frozen = space.freeze(space.base, candidates.fixed, kept["names"], dtype)
+            if candidates.fixed:
+                return Prepared(frozen, candidates.shared)
+            kept["frozen"] = frozen
+        return Prepared(kept["frozen"], candidates.shared)
+
+    return prepare
+
+
+def evaluator(
+    strategy: Strategy,
+    space: Space,
+    objective: Objective,
+    dtype: torch.dtype = torch.float32,
+    chunk: int | None = None,
+    wrap: Wrap = unwrapped,
+) -> Evaluate:
+    """`(candidates, batch) -> fitness` [P] float32 through vmapped, wrapped (compiled) calls of `chunk` members."""
+    prepare = preparation(strategy, space, dtype)
+
+    def one(frozen: Tree, shared: Tree, own: Tree, batch: Batch) -> Tensor:
+        return objective(space.model(frozen, strategy.member(shared, own), dtype), batch).float()
+
+    together = wrap(torch.vmap(one, in_dims=(None, None, 0, None)))
+    size = strategy.population if chunk is None else min(chunk, strategy.population)
+
+    def evaluate(candidates: Candidates, batch: Batch) -> Float[Tensor, "P"]:
+        with torch.no_grad():
+            frozen, shared = prepare(candidates)
+            found = [together(frozen, shared, own, batch) for own in chunks(candidates.own, strategy.population, size)]
+        return torch.cat(found)[: strategy.population]
+
+    return evaluate
+
+
+def chunks(own: Tree, population: int, size: int) -> Iterator[Tree]:
+    """The members in chunks of `size`; the last one is filled up with repetitions of the last member."""
+    for start in range(0, population, size):
+        stop = min(start + size, population)
+        if stop - start == size:
+            yield tree.map(lambda leaf, start=start, stop=stop: leaf[start:stop], own)
+        else:
+            index = torch.arange(start, start + size, device=tree.leaves(own)[0].device).clamp(max=population - 1)
+            yield tree.map(lambda leaf, index=index: leaf[index], own)
+
+
+def looped(strategy: Strategy, space: Space, objective: Objective, dtype: torch.dtype = torch.float32) -> Evaluate:
+    """The same one member after the other, from plain parameters: the reference, and what a loop costs."""
+
+    def evaluate(candidates: Candidates, batch: Batch) -> Float[Tensor, "P"]:
+        from functional_lm.model.compute import compute_copy
+
+        found = []
+        with torch.no_grad():
+            for i in range(strategy.population):
+                params = space.whole(space.base, strategy.dense(candidates, i))
+                found.append(objective(compute_copy(params, dtype), batch).float())
+        return torch.stack(found)
+
+    return evaluate
+
+
+# How many at once -----------------------------------------------------------------------------------------------------
+
+
+def member_bytes(config: ModelConfig, tokens: int, own: int, dtype: torch.dtype) -> int:
+    """Bytes that one more member takes while it is computed: its own leaves, widest activations, logits."""
+    width = dtype.itemsize
+    activations = tokens * (8 * config.d_model + 3 * config.d_ff) * width
+    scores = 2 * tokens * config.n_heads * min(tokens, config.max_len) * 4
+    logits = tokens * config.vocab_size * (width + 4)
+    return own + max(activations + scores, activations // 2 + logits)
+
+
+def automatic_chunk(population: int, each: int, tokens: int, free: int) -> int:
+    """Members of a chunk: what memory holds, no more tokens than pay, and chunks as equal as they can be.
+
+    `each` are the bytes of a member, `tokens` those that it reads, `free` the bytes there are.
+    """
+    room = max(1, min(int(SHARE * free) // max(1, each), max(1, TOKENS_AT_ONCE // max(1, tokens))))
+    count = -(-population // min(room, population))
+    return -(-population // count)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device (of the CPU where the system tells; 2 GiB where it does not)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(line.split(":", 1) for line in file)
+        return 1024 * int(found["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return 2 << 30

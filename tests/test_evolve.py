@@ -1,0 +1,289 @@
+"""The command: a run, its journal, what it goes on from, and every way to call it wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from functional_lm import evolve, evolve_flags, files, folder, keys, tree
+from functional_lm.cli import main_single
+from functional_lm.errors import DataError
+from functional_lm.evolution import journal as journals
+from functional_lm.evolution import loop
+from functional_lm.interop import peft
+from functional_lm.model import transformer
+from functional_lm.model.config import ModelConfig
+from functional_lm.text import tokenizer as tokenizers
+
+WORDS = "the cat sat on the mat and the dog sat on the log " * 30
+EAGER = ["--compile", "false", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model, a text and questions."""
+    place = tmp_path_factory.mktemp("evolve")
+    (place / "text.txt").write_text(WORDS)
+    rows = [{"prompt": f"the {a} ", "response": "sat"} for a in ("cat", "dog") for _ in range(8)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tokenizers.train([WORDS], "char", 280)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=32)
+    folder.save(place / "model", transformer.init(config, keys.key(0)), config, tokenizer)
+    (place / "scores.py").write_text(
+        "import pathlib\n"
+        "def sat(texts, rows):\n    return [float('s' in text) + float('a' in text) for text in texts]\n"
+        "def fails(texts, rows):\n    raise ValueError('on purpose')\n"
+        "def nan(texts, rows):\n    return [float('nan')] * len(texts)\n"
+        "def later(texts, rows):\n"
+        "    if pathlib.Path('broken').exists():\n        raise ValueError('broken by now')\n"
+        "    return [float(len(text)) for text in texts]\n"
+    )
+    return place
+
+
+@pytest.fixture
+def at(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(there)
+    return tmp_path
+
+
+def call(*arguments: str) -> int:
+    return main_single(evolve.COMMAND, [*map(str, arguments)])
+
+
+def evolved(out: Path, *more: str, data: str = "text.txt") -> int:
+    given = ["--model", "model", "--data", data, "--out", out, "--block_size", "16", "--batch_size", "4"]
+    short = ["--population", "4", "--generations", "3"]
+    kept = [word for flag, word in zip(short[::2], short[1::2]) if flag not in more for word in (flag, word)]
+    return call(*given, *kept, *EAGER, *more)
+
+
+def weights_of(run: Path) -> str:
+    name = "model.safetensors" if (run / "model.safetensors").exists() else "adapter_model.safetensors"
+    return tree.digest(tree.load(run / name))
+
+
+KINDS = {
+    "adapter by eggroll": ["--rank", "2"],
+    "model by eggroll": ["--space", "full"],
+    "model by es, noise regenerated": ["--space", "full", "--strategy", "openai-es", "--noise", "regenerated"],
+    "part by genetics": ["--space", "full", "--leaves", "*mlp*", "--strategy", "genetic"],
+    "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_replayed_and_uninterrupted_are_one(kind: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped after 2 of 4 generations (with and without a checkpoint of the last one), then on: the same bits."""
+    flags = KINDS[kind]
+    assert evolved(at / "whole", *flags, "--generations", "4") == 0
+    assert evolved(at / "parts", *flags, "--generations", "2", "--save_every", "1") == 0
+    shutil.rmtree(at / "parts" / "checkpoints" / "step-00000002")
+    assert evolved(at / "parts", *flags, "--generations", "4") == 0
+    assert "going on with" in capsys.readouterr().out
+    assert weights_of(at / "whole") == weights_of(at / "parts")
+    assert call("replay", at / "parts" / "journal.jsonl", "--out", at / "again") == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert weights_of(at / "again") == weights_of(at / "whole")
+    lines = [json.loads(line) for line in (at / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == [1, 2, 3, 4]
+    assert [line["evaluations"] for line in lines] == [4, 8, 12, 16]
+    assert {"fitness_best", "fitness_mean", "fitness_std"} <= lines[0].keys()
+    assert (at / "parts" / "fitness.png").stat().st_size > 1000
+
+
+def test_the_winner_is_an_ordinary_folder(at: Path) -> None:
+    assert evolved(at / "adapter", "--rank", "2") == 0
+    assert evolved(at / "model", "--space", "full") == 0
+    base = folder.load("model")
+    peft.load_adapter(at / "adapter", base.params)  # refuses one of another base
+    assert folder.load(at / "model").config == base.config
+    assert weights_of(at / "model") != weights_of(Path("model"))
+    assert evolved(at / "further", "--adapter", at / "adapter", "--rank", "2") == 0
+
+
+def test_answers_are_evolved_by_any_function(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--fitness", "scores:sat", "--max_tokens", "4", "--sigma", "0.2", "--population", "8"]
+    assert evolved(at / "run", *more, "--space", "full", "--generations", "6", data="rows.jsonl") == 0
+    rows = [json.loads(line) for line in (at / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["fitness_best"] for row in rows) > 0
+    assert evolved(at / "exact", "--fitness", "exact", "--max_tokens", "4", data="rows.jsonl") == 0
+    assert evolved(at / "read", "--fitness", "loss", data="rows.jsonl") == 0
+    assert "the adapter is in" in capsys.readouterr().out
+
+
+def test_it_ends_by_its_budget(at: Path) -> None:
+    assert evolved(at / "evaluations", "--evaluations", "9") == 0
+    assert files.read_json(at / "evaluations" / "summary.json")["generations"] == 2
+    assert evolved(at / "target", "--target", "-100") == 0
+    assert files.read_json(at / "target" / "summary.json")["ended"] == "target"
+    assert evolved(at / "minutes", "--minutes", "0.00001") == 0
+    assert files.read_json(at / "minutes" / "summary.json")["ended"] == "minutes"
+
+
+def test_a_function_that_fails_on_the_way_loses_nothing(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--fitness", "scores:later", "--max_tokens", "4"]
+    assert evolved(at / "run", *more, data="rows.jsonl") == 0
+    Path("broken").touch()
+    try:
+        assert evolved(at / "run", *more, "--generations", "5", data="rows.jsonl") == 1
+        assert "error: the fitness scores:later raised ValueError: broken by now" in capsys.readouterr().err
+    finally:
+        Path("broken").unlink()
+    assert evolved(at / "run", *more, "--generations", "5", data="rows.jsonl") == 0
+    assert "from generation 3" in capsys.readouterr().out
+    assert len(journals.read(at / "run" / "journal.jsonl").generations) == 5
+
+
+REFUSED = {
+    "odd": (["--population", "5"], "--population 5 is odd; antithetic pairs need an even one"),
+    "nobody": (["--population", "0"], "--population is 0; it has to be at least 1"),
+    "alone": (["--population", "1"], "--population 1 is too small"),
+    "strategy": (["--strategy", "magic"], "--strategy is 'magic'; it can be genetic, openai-es, eggroll"),
+    "fitness": (["--fitness", "beauty"], "--fitness is 'beauty'; it is loss, bits, accuracy, exact or module:function"),
+    "function": (["--fitness", "scores:none", "--max_tokens", "4"], "the fitness 'scores:none' cannot be imported"),
+    "raises": (
+        ["--fitness", "scores:fails", "--max_tokens", "4"],
+        "the fitness scores:fails raised ValueError: on purpose",
+    ),
+    "nan": (
+        ["--fitness", "scores:nan", "--generations", "9", "--max_tokens", "4"],
+        "no member of 5 generations in a row had a finite",
+    ),
+    "elites": (["--strategy", "genetic", "--elites", "4"], "--elites 4 leave no room in a --population of 4"),
+    "chunk": (["--chunk_size", "0"], "--chunk_size is '0'; it is auto or a whole number above 0"),
+    "noise": (["--strategy", "genetic", "--noise", "regenerated"], "--noise regenerated is for openai-es and eggroll"),
+    "long": (["--fitness", "exact", "--max_tokens", "30"], "exceed the model's max_len 32"),
+    "leaves": (["--space", "full", "--leaves", "*nose*"], "'*nose*' matches no leaf of the model"),
+    "targets": (["--targets", "nose"], "the target 'nose' matches nothing"),
+    "adapter": (["--space", "full", "--adapter", "x"], "--adapter is evolved in --space lora, not in full"),
+    "tied": (["--targets", "embed_tokens"], "is also this model's output"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_meant_is_one_line(case: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, message = REFUSED[case]
+    assert evolved(at / "run", *flags, data="rows.jsonl") in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (at / "run" / "model.safetensors").exists()
+
+
+def test_answers_need_rows(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolved(at / "run", "--fitness", "exact") == 1
+    assert "--data text.txt has no rows of prompt and response" in capsys.readouterr().err
+
+
+def test_another_run_is_not_gone_on_with(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolved(at / "run") == 0
+    assert evolved(at / "run", "--sigma", "0.5") == 2
+    assert "--sigma was 0.02, is 0.5" in capsys.readouterr().err
+    assert evolved(at / "run", "--resume", "never") == 2
+    assert evolved(at / "run", "--sigma", "0.5", "--overwrite") == 0
+    assert journals.read(at / "run" / "journal.jsonl").header["flags"]["sigma"] == 0.5
+
+
+# The journal ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_cut_in_a_line_goes_on_from_the_line_before(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolved(at / "whole", "--generations", "4") == 0
+    assert evolved(at / "run", "--generations", "4") == 0
+    path = at / "run" / "journal.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:20])
+    shutil.rmtree(at / "run" / "checkpoints")
+    assert call("replay", path, "--out", at / "two") == 0
+    assert "2 generations told again" in capsys.readouterr().out
+    assert evolved(at / "run", "--generations", "4") == 0
+    assert "was cut off; its generation is measured again" in capsys.readouterr().out
+    assert weights_of(at / "run") == weights_of(at / "whole")
+    assert call("replay", path, "--out", at / "all") == 0
+    assert "bit for bit" in capsys.readouterr().out
+
+
+def test_an_edited_journal_is_refused_by_its_line(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolved(at / "run") == 0
+    path = at / "run" / "journal.jsonl"
+    lines = path.read_text().splitlines()
+    entry = json.loads(lines[2])
+    entry["fitness"][0] += 1.0
+    cases = {
+        "line 3 is not as it was written": [*lines[:2], json.dumps(entry), *lines[3:]],
+        "line 2 is not as it was written": [lines[0], *lines[2:]],
+        "line 3 is not a line of a journal; to go on from the generation before, keep the 2": [*lines[:2], "{}"],
+        "line 1 is not a line of a journal; without its first line it cannot be read": ["nonsense"],
+    }
+    for message, changed in cases.items():
+        path.write_text("\n".join(changed) + "\n")
+        for arguments in (["replay", path, "--out", at / "again"], None):
+            code = evolved(at / "run") if arguments is None else call(*arguments)
+            assert code == 1
+            assert message in capsys.readouterr().err
+    assert not (at / "again").exists()
+
+
+def test_a_journal_that_lags_its_checkpoint_is_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolved(at / "run") == 0
+    path = at / "run" / "journal.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:2]) + "\n")
+    assert evolved(at / "run") == 1
+    assert "ends with generation 1 and" in capsys.readouterr().err
+
+
+def test_a_journal_belongs_to_its_base(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolved(at / "run") == 0
+    base = folder.load("model")
+    other = tree.map(lambda leaf: leaf + 1e-3, base.params)
+    folder.save(at / "other", other, base.config, base.tokenizer)
+    assert call("replay", at / "run" / "journal.jsonl", "--model", at / "other", "--out", at / "again") == 1
+    assert "began with another model" in capsys.readouterr().err
+
+
+def test_replay_says_what_it_lacks(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("replay") == 2
+    assert call("--journal", "x") == 2
+    assert call("replay", at / "none.jsonl") == 1
+    assert call("--data", "text.txt") == 2
+    error = capsys.readouterr().err
+    for part in (
+        "evolve replay needs the journal",
+        "--journal belongs to replay",
+        "no journal at",
+        "--model is required",
+    ):
+        assert part in error
+
+
+def test_fitness_comes_back_from_a_line_as_it_was() -> None:
+    values = torch.tensor([0.1, -3.25, 1e-30, float("nan"), float("inf")])
+    entry = json.loads(json.dumps(journals.entry(0, [1, 2], values.tolist(), 0.0)))
+    back = torch.tensor(journals.fitness_of(entry))
+    assert torch.equal(back[:3], values[:3])
+    assert back[3:].isnan().all()
+
+
+def test_a_generation_of_another_key_is_refused(at: Path) -> None:
+    from functional_lm.evolution import gradient, openai
+
+    strategy = openai.openai_es(gradient.Settings(4))
+    state = strategy.init(keys.key(0), {"x": torch.zeros(3)})
+    with pytest.raises(DataError, match="drawn from another key"):
+        loop.told(strategy, state, journals.entry(0, [1, 2], [0.0] * 4, 0.0))
+
+
+def test_every_flag_is_the_runs_or_the_callers() -> None:
+    """What a resumed run may change is listed nowhere else; this makes whoever adds a flag decide."""
+    import dataclasses
+
+    free = {
+        "action", "journal", "out", "generations", "evaluations", "minutes", "target", "timeout", "chunk_size",
+        "device", "eval_every", "eval_batches", "save_every", "keep", "resume", "overwrite",
+    }  # fmt: skip
+    assert free | set(evolve_flags.FIXED) == {field.name for field in dataclasses.fields(evolve_flags.EvolveFlags)}

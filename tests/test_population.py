@@ -1,0 +1,252 @@
+"""A population through one call is the loop over its members: of losses, accuracies and of what they write.
+
+Axes: P members, N prompts, M tokens of an answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import SEEDS, assert_close, configs, token_rows, weights
+from torch import Tensor
+
+from functional_lm import compile as compiling
+from functional_lm import keys, tree
+from functional_lm.compile import compiled
+from functional_lm.errors import DataError, UsageError
+from functional_lm.evolution import answers, eggroll, fitness, genetic, gradient, openai, population, spaces
+from functional_lm.evolution.spaces import Space
+from functional_lm.evolution.strategy import Strategy
+from functional_lm.inference import generate
+from functional_lm.model import lora, merge
+from functional_lm.model.config import ModelConfig
+from functional_lm.model.transformer import IGNORED, forward
+
+CONFIG = ModelConfig(vocab_size=40, d_model=16, n_layers=2, n_heads=2, d_ff=24, max_len=32)
+
+
+def strategy(name: str, population: int = 6) -> Strategy:
+    how, at = gradient.Settings(population), {"sigma": 0.1}
+    kinds = {
+        "genetic": lambda: genetic.genetic(genetic.Settings(population)),
+        "openai-es": lambda: openai.openai_es(how, numbers=at),
+        "eggroll": lambda: eggroll.eggroll(how, 1, numbers=at),
+        "regenerated": lambda: eggroll.eggroll(dataclasses.replace(how, noise="regenerated"), 2, numbers=at),
+    }
+    return kinds[name]()
+
+
+def space(name: str, config: ModelConfig, seed: int) -> Space:
+    params = weights(config, seed)
+    if name == "lora":
+        return spaces.adapter(params, lora.init(params, "all-linear", 3, keys.key(seed)))
+    if name == "merge":
+        return spaces.merged([params, weights(config, seed + 1)], ["*", "*mlp*"])
+    return spaces.full(params, ["*"] if name == "full" else ["*.mlp.*", "model.norm.*"])
+
+
+def rows(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    tokens = token_rows(config, (3, 7), seed)
+    targets = tokens[:, 1:].clone()
+    targets[0, :3] = IGNORED
+    return {"tokens": tokens[:, :-1].contiguous(), "targets": targets, "bytes": torch.tensor(30)}
+
+
+@pytest.mark.parametrize("kind", ["genetic", "openai-es", "eggroll", "regenerated"])
+@pytest.mark.parametrize("where", ["full", "lora", "part"])
+@given(config=configs(norm_placement="pre"), seed=SEEDS, chunk=st.integers(1, 6))
+@settings(max_examples=6)
+def test_a_population_is_the_loop_over_its_members(
+    kind: str, where: str, config: ModelConfig, seed: int, chunk: int
+) -> None:
+    """Whatever the architecture, the chunk, and which leaves are evolved."""
+    evolved, within, batch = strategy(kind), space(where, config, seed), rows(config, seed)
+    state = evolved.init(keys.key(seed), within.start)
+    for name in ("loss", "accuracy"):
+        objective = fitness.objective(name, config)
+        candidates = evolved.ask(state)
+        together = population.evaluator(evolved, within, objective, chunk=chunk)(candidates, batch)
+        if name == "loss":
+            assert_close(together, population.looped(evolved, within, objective)(candidates, batch), 3e-4)
+        state = evolved.tell(state, together)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_it_is_compiled_once_and_not_once_a_generation(backend: str) -> None:
+    evolved, within = strategy("eggroll", 10), space("full", CONFIG, 0)
+    objective = fitness.objective("loss", CONFIG)
+    evaluate = population.evaluator(evolved, within, objective, chunk=4, wrap=partial(compiled, backend=backend))
+    loop = population.looped(evolved, within, objective)
+    state, before = evolved.init(keys.key(0), within.start), compiling.graphs()
+    for generation in range(3):
+        candidates, batch = evolved.ask(state), rows(CONFIG, generation)
+        found = evaluate(candidates, batch)
+        assert_close(found, loop(candidates, batch), 1e-4)
+        state = evolved.tell(state, found)
+    assert compiling.graphs() == before + 1
+
+
+def test_fitness_is_what_it_says() -> None:
+    params, batch = weights(CONFIG, 0), rows(CONFIG, 0)
+    logits = forward(params, batch["tokens"], CONFIG)
+    there = batch["targets"] != IGNORED
+    likely = torch.log_softmax(logits, -1).gather(-1, batch["targets"].clamp(min=0)[..., None])[..., 0][there]
+    assert_close(fitness.loss(CONFIG)(params, batch), likely.mean())
+    assert_close(fitness.bits(CONFIG)(params, batch), likely.sum() / math.log(2) / 30)
+    right = (logits.argmax(-1) == batch["targets"])[there].float().mean()
+    assert_close(fitness.accuracy(CONFIG)(params, batch), right)
+
+
+def test_a_merge_is_that_of_the_command() -> None:
+    within = space("merge", CONFIG, 0)
+    models = [within.base["0"], within.base["1"]]
+    shares = {"0": {"share": torch.tensor([0.2, 0.9])}, "1": {"share": torch.tensor([1.0, 0.0])}}
+    wanted = merge.linear(models, {"*": torch.tensor([0.2, 0.9]), "*mlp*": torch.tensor([1.0, 0.0])})
+    assert tree.digest(within.whole(within.base, shares)) == tree.digest(wanted)
+    evolved = strategy("openai-es")
+    state = evolved.init(keys.key(0), within.start)
+    objective, batch = fitness.objective("loss", CONFIG), rows(CONFIG, 0)
+    found = population.evaluator(evolved, within, objective, chunk=4)(evolved.ask(state), batch)
+    assert_close(found, population.looped(evolved, within, objective)(evolved.ask(state), batch), 1e-4)
+
+
+@given(
+    members=st.integers(1, 5000), each=st.integers(1, 2**30), tokens=st.integers(1, 2**15), free=st.integers(0, 2**34)
+)
+def test_automatic_chunks_fit_and_are_even(members: int, each: int, tokens: int, free: int) -> None:
+    size = population.automatic_chunk(members, each, tokens, free)
+    assert 1 <= size <= members
+    if size > 1:
+        assert size * each <= free * population.SHARE
+        assert size * tokens <= population.TOKENS_AT_ONCE
+    count = -(-members // size)
+    assert count * size - members < count  # nothing smaller does with as many chunks
+
+
+# What they write ------------------------------------------------------------------------------------------------------
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+
+
+@pytest.mark.parametrize("kind", ["genetic", "eggroll", "regenerated"])
+@pytest.mark.parametrize("where", ["full", "lora"])
+def test_answers_are_those_of_generate(kind: str, where: str) -> None:
+    evolved, within = strategy(kind), space(where, CONFIG, 0)
+    candidates = evolved.ask(evolved.init(keys.key(1), within.start))
+    answer = answers.answerer(evolved, within, CONFIG, answers.Answering(6, (), 0.0, 4))
+    found = answer(candidates, answers.padded(PROMPTS, 5), keys.key(0))
+    run, how = generate.decoder(CONFIG, compile=False), generate.GenerateOptions(6, 0.0)
+    for i in (0, 3, 5):
+        model = within.whole(within.base, evolved.dense(candidates, i))
+        for n, prompt in enumerate(PROMPTS):
+            assert found[i, n].tolist() == list(generate.generate(model, prompt, run, how))
+
+
+def test_drawn_answers_are_common_to_equal_members() -> None:
+    """The draws belong to the prompts: members that compute the same say the same, whatever the chunk."""
+    within = space("lora", CONFIG, 0)
+    evolved = openai.openai_es(gradient.Settings(6), numbers={"sigma": 1e-9})
+    candidates = evolved.ask(evolved.init(keys.key(1), within.start))
+    prompts = answers.padded(PROMPTS, 5)
+    parts = [
+        answers.answerer(evolved, within, CONFIG, answers.Answering(8, (), 1.0, chunk))(
+            candidates, prompts, keys.key(7)
+        )
+        for chunk in (2, 6)
+    ]
+    assert torch.equal(*parts)
+    assert (parts[0] == parts[0][:1]).all()
+    assert len({tuple(row) for row in parts[0][0].tolist()}) == 3
+
+
+def test_answers_end_where_all_have_stopped() -> None:
+    within, evolved = space("lora", CONFIG, 0), strategy("openai-es")
+    candidates = evolved.ask(evolved.init(keys.key(1), within.start))
+    prompts = answers.padded(PROMPTS, 5)
+    whole = answers.answerer(evolved, within, CONFIG, answers.Answering(6, ()))(candidates, prompts, keys.key(0))
+    stops = tuple(set(whole[:, :, 0].flatten().tolist()))
+    short = answers.answerer(evolved, within, CONFIG, answers.Answering(6, stops))(candidates, prompts, keys.key(0))
+    assert torch.equal(short[..., 0], whole[..., 0])
+    assert (short[..., 1:] == stops[0]).all()
+
+
+class Letters:
+    """A tokenizer of single letters, as far as it is needed here."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(97 + i) for i in ids)
+
+
+def test_texts_end_at_a_stop() -> None:
+    tokens = torch.tensor([[[0, 1, 2, 3], [25, 0, 0, 0]], [[0, 1, 25, 1], [0, 1, 2, 3]]])
+    assert answers.texts(tokens, Letters(), (25,)) == [["abcd", ""], ["ab", "abcd"]]  # type: ignore[arg-type]
+    assert answers.texts(tokens, Letters(), (25,), ("c", "bc"))[0][0] == "a"  # type: ignore[arg-type]
+
+
+ROWS = [{"prompt": "1+1=", "response": "2"}, {"prompt": "2+2=", "response": " 4\n"}]
+
+
+def test_scores_are_means_over_the_rows() -> None:
+    found = answers.scored([["2", "4"], ["2", "5"], [" 2 ", ""]], ROWS, answers.exact_match, "exact")
+    assert found.tolist() == [1.0, 0.5, 0.5]
+
+
+def short(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    return [1.0]
+
+
+def raising(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    raise RuntimeError("no such luck")
+
+
+def not_a_number(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    return [math.nan, 1.0]
+
+
+def asleep(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    time.sleep(60)
+    return [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("short", "returned 1 numbers for 2 answers; one for each"),
+        ("raising", "raised RuntimeError: no such luck"),
+        ("asleep", r"took more than 0.2 s; give --timeout more"),
+    ],
+)
+def test_a_function_that_fails_is_named(function: str, message: str) -> None:
+    score = answers.named(f"{__name__}:{function}")
+    with pytest.raises(DataError, match=message), answers.limited(0.2, "the fitness"):
+        answers.scored([["2", "4"]], ROWS, score, function)
+
+
+def test_a_score_that_is_no_number_is_nan() -> None:
+    assert answers.scored([["2", "4"]], ROWS, answers.named(f"{__name__}:not_a_number"), "x").isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("blue", "the fitness 'blue' is neither known nor of the form module:function"),
+        ("no_such_module_:f", "cannot be imported: ModuleNotFoundError"),
+        ("math:no_such", "cannot be imported: AttributeError"),
+        ("math:pi", "the fitness 'math:pi' is float, not a function"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        answers.named(name)
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"'\*nose\*' matches no leaf of the model"):
+        spaces.full(weights(CONFIG, 0), ["*nose*"])

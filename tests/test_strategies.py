@@ -1,0 +1,353 @@
+"""Strategies as laws: pure, by key and path, never led by NaN; and the statistics that their papers state.
+
+Axes: P members.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from strategies import SEEDS, numbers
+from torch import Tensor
+
+from functional_lm import evolve_flags, keys, tree
+from functional_lm.errors import UsageError
+from functional_lm.evolution import eggroll, genetic, gradient, openai, shaping
+from functional_lm.evolution import strategy as common
+from functional_lm.evolution.strategy import Strategy
+from functional_lm.training.optimizer import OPTIMIZERS, optimizer
+from functional_lm.tree import Tree
+
+START: Tree = {
+    "model": {"a": {"weight": torch.zeros(5, 4), "bias": torch.zeros(5)}, "norm": {"weight": torch.ones(4)}},
+    "lm_head": {"weight": torch.zeros(7, 4)},
+}
+START = tree.unflatten(tree.flatten(START))  # in canonical order
+AT = {"sigma": 0.1, "learning_rate": 0.05}
+
+
+def made(name: str, population: int = 16, noise: str = "stored") -> Strategy:
+    how = gradient.Settings(population, noise=noise)
+    if name == "genetic":
+        return genetic.genetic(genetic.Settings(population, strength=0.5))
+    return openai.openai_es(how, numbers=AT) if name == "openai-es" else eggroll.eggroll(how, 1, numbers=AT)
+
+
+NAMES = ("genetic", "openai-es", "eggroll")
+EVERY = pytest.mark.parametrize("name", NAMES)
+
+
+def goal(node: Tree) -> float:
+    """Minus the squared distance from a place that lies in no special direction."""
+    flat = tree.flatten(node)
+    return -sum(
+        float((leaf - 0.3 * torch.arange(leaf.numel()).view(leaf.shape).cos()).square().sum()) for leaf in flat.values()
+    )
+
+
+def evolved(strategy: Strategy, generations: int, function: Callable[[Tree], float] = goal, seed: int = 0) -> object:
+    state = strategy.init(keys.key(seed), START)
+    for _ in range(generations):
+        state = strategy.tell(state, common.evaluate(strategy, strategy.ask(state), function))
+    return state
+
+
+# What holds for all ---------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_fitness_rises(name: str) -> None:
+    state = evolved(made(name, 32), 40)
+    assert goal(state.best) == pytest.approx(float(state.best_fitness), rel=1e-4)  # type: ignore[attr-defined]
+    assert goal(state.best) > goal(START) / 3  # type: ignore[attr-defined]
+    assert goal(state.centre) > goal(START) / 3  # type: ignore[attr-defined]
+
+
+@EVERY
+def test_a_generation_is_a_function_of_state_and_fitness(name: str) -> None:
+    strategy = made(name)
+    one, other = evolved(strategy, 3), evolved(strategy, 3)
+    assert tree.digest(one) == tree.digest(other)
+    assert tree.digest(evolved(strategy, 3, seed=1)) != tree.digest(one)
+
+
+@EVERY
+def test_a_state_survives_the_disk(name: str, tmp_path: object) -> None:
+    strategy = made(name)
+    state = evolved(strategy, 2)
+    tree.save(state, f"{tmp_path}/state.safetensors")
+    back = tree.restore(state, tree.flatten(tree.load(f"{tmp_path}/state.safetensors")))
+    fitness = torch.arange(16.0)
+    assert tree.digest(strategy.tell(back, fitness)) == tree.digest(strategy.tell(state, fitness))
+
+
+@EVERY
+@given(bad=st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), min_size=1, max_size=16), seed=SEEDS)
+@settings(max_examples=15)
+def test_what_is_not_finite_never_wins_and_never_poisons(name: str, bad: list[float], seed: int) -> None:
+    strategy = made(name)
+    state = strategy.init(keys.key(seed), START)
+    candidates = strategy.ask(state)
+    fitness = numbers((16,), seed)
+    fitness[: len(bad)] = torch.tensor(bad)
+    told = strategy.tell(state, fitness)
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves((told.centre, told.best)))
+    if len(bad) < 16:
+        winner = len(bad) + int(fitness[len(bad) :].argmax())
+        assert float(told.best_fitness) == float(fitness[winner])
+        best = strategy.dense(candidates, winner)
+        for found, wanted in zip(tree.leaves(told.best), tree.leaves(best)):
+            torch.testing.assert_close(found, wanted)
+    else:
+        assert float(told.best_fitness) == -math.inf
+        assert tree.digest(told.best) == tree.digest(START)
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(strategy.ask(told)))
+
+
+@EVERY
+def test_the_best_stays_when_generations_get_worse(name: str) -> None:
+    strategy = made(name)
+    state = strategy.tell(strategy.init(keys.key(0), START), torch.arange(16.0))
+    later = strategy.tell(state, torch.arange(16.0) - 100)
+    assert tree.digest(later.best) == tree.digest(state.best)
+    assert float(later.best_fitness) == 15.0
+
+
+@pytest.mark.parametrize("name", ["openai-es", "eggroll"])
+def test_noise_depends_on_key_and_path_alone(name: str) -> None:
+    """Neither on the other leaves, nor on how many members there are."""
+    part = tree.select(START, "model.a.*")
+    whole_strategy, other = made(name, 16), made(name, 8)
+    whole = whole_strategy.ask(whole_strategy.init(keys.key(3), START))
+    some = other.ask(other.init(keys.key(3), part))
+    for i in range(8):
+        found = tree.select(whole_strategy.dense(whole, i), "model.a.*")
+        for mine, theirs in zip(tree.leaves(found), tree.leaves(other.dense(some, i))):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["openai-es", "eggroll"])
+def test_regenerated_noise_is_stored_noise(name: str) -> None:
+    stored, regenerated = made(name), made(name, noise="regenerated")
+    first, second = (s.ask(s.init(keys.key(5), START)) for s in (stored, regenerated))
+    assert {leaf.shape[0] for leaf in tree.leaves(second.own)} == {16}
+    assert sum(leaf[0].numel() for leaf in tree.leaves(second.own)) == 3  # a key and a sign
+    for i in range(16):
+        for mine, theirs in zip(tree.leaves(stored.dense(first, i)), tree.leaves(regenerated.dense(second, i))):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["openai-es", "eggroll"])
+def test_pairs_are_opposite(name: str) -> None:
+    strategy = made(name)
+    candidates = strategy.ask(strategy.init(keys.key(0), START))
+    for i in range(0, 16, 2):
+        mean = tree.lerp(strategy.dense(candidates, i), strategy.dense(candidates, i + 1), 0.5)
+        for found, wanted in zip(tree.leaves(mean), tree.leaves(START)):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_any_optimizer_takes_the_estimate(name: str) -> None:
+    strategy = openai.openai_es(gradient.Settings(32), optimizer(name), AT)
+    assert goal(evolved(strategy, 15).centre) > goal(START)  # type: ignore[attr-defined]
+
+
+def test_flags_name_what_there_is() -> None:
+    assert set(evolve_flags.SHAPINGS) == set(shaping.SHAPINGS)
+
+
+# The estimate ---------------------------------------------------------------------------------------------------------
+
+
+def estimate(strategy: Strategy, seed: int, slope: Tensor) -> Tensor:
+    """The centre's step on a linear fitness, z-scores and plain gradient ascent of rate 1 in its place."""
+    state = strategy.init(keys.key(seed), {"a": {"weight": torch.zeros(slope.shape)}})
+    members = strategy.ask(state)
+    dense = torch.stack([strategy.dense(members, i)["a"]["weight"] for i in range(strategy.population)])
+    fitness = (dense * slope).sum((1, 2))
+    return strategy.tell(state, fitness).centre["a"]["weight"]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_for_a_linear_fitness_the_estimate_is_unbiased_at_every_rank(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ĝ = mean of f(σE) E / σ is the slope on average, whatever the rank (rank 0: OpenAI-ES).
+
+    Averaged over 50 keys with 128 members each: the standard error of a number is about |slope| / √6400.
+    """
+    from functional_lm.training.transformation import scale_by_learning_rate
+
+    monkeypatch.setitem(shaping.SHAPINGS, "plain", lambda fitness: fitness)
+    slope = numbers((5, 4), 0)
+    how = gradient.Settings(128, shaping="plain")
+    plain, at = scale_by_learning_rate(), {"sigma": 0.3, "learning_rate": 1.0}
+    strategy = eggroll.eggroll(how, rank, plain, at) if rank else openai.openai_es(how, plain, at)
+    mean = torch.stack([estimate(strategy, seed, slope) for seed in range(50)]).mean(0)
+    error = (mean - slope).abs().max()
+    assert error < 5 * slope.norm() * math.sqrt(1 + 2 / max(1, rank)) / math.sqrt(50 * 128)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_low_rank_noise_has_variance_one_and_fourth_moment_3_plus_6_over_r(rank: int) -> None:
+    """arXiv 2511.16652: the entries of A Bᵀ / √r are uncorrelated, of kurtosis 3 + 6/r."""
+    shapes = {"a.weight": (40, 30)}
+    drawn = torch.vmap(lambda key: eggroll.low_rank(rank).draw(key, shapes))(keys.split(keys.key(0), 400))["a"]
+    noise = (drawn["lora_B"] @ drawn["lora_A"]) / math.sqrt(rank)
+    assert noise.mean().abs() < 0.02
+    assert noise.square().mean() == pytest.approx(1, abs=0.03)
+    assert noise.pow(4).mean() == pytest.approx(3 + 6 / rank, rel=0.12)
+
+
+def test_the_update_is_the_sum_of_the_formed_noise() -> None:
+    """`sum` never forms an E; here each is formed, for a matrix, an embedding and vectors."""
+    shapes = {"x.weight": (5, 4), "model.embed_tokens.weight": (6, 3), "n.weight": (4,), "y.lora_A": (3, 4)}
+    perturbation = eggroll.low_rank(2)
+    centre = tree.unflatten({name: torch.zeros(shape) for name, shape in shapes.items()})
+    own, weights = keys.split(keys.key(0), 7), numbers((7,), 1)
+    noises = torch.vmap(lambda key: perturbation.draw(key, shapes))(own)
+    found = perturbation.sum(weights, noises, shapes)
+    members = [
+        gradient.formed(perturbation.fixed(centre), perturbation.put(centre, tree.index(noises, i), torch.tensor(1.0)))
+        for i in range(7)
+    ]
+    for name, leaf in tree.flatten(tree.unflatten(tree.flatten(found))).items():
+        wanted = sum(weights[i] * tree.flatten(members[i])[name] for i in range(7))
+        torch.testing.assert_close(leaf, wanted)
+
+
+def test_a_blockwise_sum_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evolved(made("openai-es"), 2)
+    monkeypatch.setattr(gradient, "BLOCK", 100)
+    parts = evolved(made("openai-es"), 2)
+    for one, other in zip(tree.leaves(whole), tree.leaves(parts)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# Shaping --------------------------------------------------------------------------------------------------------------
+
+FITNESS = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 3.0, math.nan, math.inf, -math.inf]), min_size=2, max_size=12)
+
+
+@pytest.mark.parametrize("name", sorted(shaping.SHAPINGS))
+@given(values=FITNESS, data=st.data())
+@settings(max_examples=60)
+def test_shaping_is_finite_orderly_and_blind_to_order(name: str, values: list[float], data: st.DataObject) -> None:
+    weigh, fitness = shaping.shaping(name), torch.tensor(values)
+    weights = weigh(fitness)
+    assert torch.isfinite(weights).all()
+    order = torch.tensor(data.draw(st.permutations(range(len(values)))))
+    torch.testing.assert_close(weigh(fitness[order]), weights[order])
+    comparable, finite = shaping.usable(fitness)
+    for i in range(len(values)):
+        for j in range(len(values)):
+            if comparable[i] > comparable[j]:
+                assert weights[i] >= weights[j] - 1e-6
+            if comparable[i] == comparable[j]:
+                torch.testing.assert_close(weights[i], weights[j])
+    if name != "z_score":
+        torch.testing.assert_close(weights.sum(), torch.tensor(0.0), rtol=0, atol=1e-5)
+    if not finite.any():
+        torch.testing.assert_close(weights, torch.zeros_like(weights))
+
+
+@given(seed=SEEDS, count=st.integers(2, 20))
+@settings(max_examples=20)
+def test_without_ties_shapings_are_their_formulas(seed: int, count: int) -> None:
+    fitness = numbers((count,), seed)
+    assume(len(set(fitness.tolist())) == count)
+    rank = fitness.argsort().argsort()
+    torch.testing.assert_close(shaping.centered_rank(fitness), rank / (count - 1) - 0.5)
+    torch.testing.assert_close(shaping.z_score(fitness), (fitness - fitness.mean()) / fitness.std(correction=0))
+    raw = [max(0.0, math.log(count / 2 + 1) - math.log(count - r)) for r in rank.tolist()]
+    wanted = torch.tensor([value / sum(raw) - 1 / count for value in raw])
+    torch.testing.assert_close(shaping.nes(fitness), wanted, rtol=1e-4, atol=1e-6)
+
+
+# The genetic algorithm ------------------------------------------------------------------------------------------------
+
+
+def test_elites_stay_as_they_are() -> None:
+    strategy = genetic.genetic(genetic.Settings(8, elites=3))
+    state = strategy.init(keys.key(0), START)
+    fitness = torch.tensor([0.0, 5.0, math.nan, 7.0, 1.0, 6.0, 2.0, 3.0])
+    after = strategy.tell(state, fitness)
+    for place, index in enumerate((3, 5, 1)):
+        assert tree.digest(tree.index(after.members, place)) == tree.digest(tree.index(state.members, index))
+
+
+@given(seed=SEEDS)
+@settings(max_examples=20)
+def test_crossover_takes_from_both_and_from_nowhere_else(seed: int) -> None:
+    first, second = {"x": numbers((30,), 1)}, {"x": numbers((30,), 2)}
+    child = genetic.cross(keys.key(seed), first, second, "uniform")["x"]
+    from_first, from_second = child == first["x"], child == second["x"]
+    assert (from_first | from_second).all()
+    assert from_first.any()
+    assert from_second.any()
+    mixed = genetic.cross(keys.key(seed), first, second, "arithmetic")["x"]
+    share = (mixed - first["x"]) / (second["x"] - first["x"])
+    torch.testing.assert_close(share, share[:1].expand(30), rtol=1e-3, atol=1e-3)
+    assert 0 <= float(share[0]) <= 1
+
+
+def test_mutation_is_scaled_by_the_tensors_spread() -> None:
+    member = {"wide": 10 * numbers((40, 50), 0), "narrow": 0.1 * numbers((40, 50), 1)}
+    how = genetic.Settings(8, mutation_rate=0.25, strength=0.5)
+    changed = genetic.mutate(keys.key(0), member, genetic.spreads(member, how.floor), how)
+    for name, spread in (("wide", 10), ("narrow", 0.1)):
+        step = changed[name] - member[name]
+        hit = step != 0
+        assert float(hit.float().mean()) == pytest.approx(0.25, abs=0.03)
+        assert float(step[hit].std()) == pytest.approx(0.5 * spread, rel=0.15)
+    whole = dataclasses.replace(how, mutation="tensor")
+    shares = [
+        float((genetic.mutate(keys.key(i), member, genetic.spreads(member, 0.0), whole)["wide"] != member["wide"])
+              .float().mean())
+        for i in range(40)
+    ]  # fmt: skip
+    assert {round(share, 2) for share in shares} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("tournament", "pressure"), [(1, 1.0), (3, 1.0), (3, 0.6)])
+def test_tournaments_win_as_often_as_their_rule_says(tournament: int, pressure: float) -> None:
+    how = genetic.Settings(8, tournament=tournament, pressure=pressure)
+    order = torch.tensor([4, 2, 0, 1, 3, 5, 7, 6])
+    own = keys.split(keys.key(0), 4000)
+    winners = torch.vmap(lambda key: genetic.compete(key, order, how))(own)
+    best = float((winners == 4).float().mean())
+    # The best is among K entrants j times (binomially); one of its places wins before any other's.
+    wanted = 0.0
+    for times in range(1, tournament + 1):
+        chance = math.comb(tournament, times) * (1 / 8) ** times * (7 / 8) ** (tournament - times)
+        wins = 1 - (1 - pressure) ** times if times < tournament else 1.0
+        wanted += chance * wins
+    assert best == pytest.approx(wanted, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: openai.openai_es(gradient.Settings(7)), "a population of 7 is odd; antithetic pairs need an even one"),
+        (lambda: openai.openai_es(gradient.Settings(0)), "a population of 0 is too small"),
+        (lambda: eggroll.eggroll(gradient.Settings(8), 0), "the rank of the noise is 0"),
+        (lambda: openai.openai_es(gradient.Settings(8, shaping="no")), "there is no shaping 'no'; there are"),
+        (lambda: openai.openai_es(gradient.Settings(8, noise="no")), "noise is 'no'; it can be stored, regenerated"),
+        (lambda: genetic.genetic(genetic.Settings(4, elites=4)), "4 elites leave no room in a population of 4"),
+        (lambda: genetic.genetic(genetic.Settings(4, tournament=0)), "a tournament of 0 has no winner"),
+        (lambda: genetic.genetic(genetic.Settings(4, pressure=1.5)), "pressure is 1.5; a probability"),
+        (lambda: genetic.genetic(genetic.Settings(4, crossover="x")), "crossover is 'x'; it can be uniform"),
+        (lambda: made("eggroll").init(keys.key(0), {}), "there is nothing to evolve"),
+        (lambda: made("genetic").init(keys.key(0), {"x": torch.zeros(2, dtype=torch.int64)}), "x holds torch.int64"),
+    ],
+)
+def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
