@@ -146,7 +146,7 @@ def _begin(options: EvolveFlags, evolution: Evolution, out: Path) -> Journal:
     if options.overwrite:
         for entry in [] if not out.exists() else [path for path in out.iterdir() if path != kept]:
             files.remove(entry)
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     evolution.model.tokenizer.save(out)
     versions = {"functional_lm": functional_lm.__version__, "torch": torch.__version__}
     flags = dataclasses.asdict(options)

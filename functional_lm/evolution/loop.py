@@ -164,7 +164,7 @@ def save(out: Path, outcome: Outcome, keep: int) -> Path:
         files.write_json(
             temporary / "state.json", {"generation": number, "length": outcome.journal.length, "kind": "evolution"}
         )
-    checkpoints.prune(out / "checkpoints", keep)
+    checkpoints.prune(out / "checkpoints", keep, lambda path: (path / "state.json").is_file())
     return path
 
 
