@@ -63,7 +63,7 @@ class Opened(NamedTuple):
 def opened(options: GenerateFlags | ChatFlags) -> Opened:
     """The model, its adapter and the machine that the flags name."""
     from functional_lm import compile as compiling
-    from functional_lm import folder
+    from functional_lm import folder, kernels
     from functional_lm.interop.peft import load_adapter
     from functional_lm.model import lora, quantize
     from functional_lm.model.compute import decoding_copy
@@ -77,7 +77,9 @@ def opened(options: GenerateFlags | ChatFlags) -> Opened:
     obstacle = compiling.obstacle(device) if options.compile else None
     if obstacle:
         console.note(f"running without compilation: {obstacle}")
-    return Opened(decoding_copy(params, dtype), config, tokenizer, options.compile and obstacle is None)
+    compile = options.compile and obstacle is None
+    copy = kernels.prepared(decoding_copy(params, dtype), wanted=compile and device.type == "cpu")
+    return Opened(copy, config, tokenizer, compile)
 
 
 def run(options: GenerateFlags) -> int:

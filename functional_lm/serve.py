@@ -94,7 +94,7 @@ def load(flags: ServeFlags, door: Door | None = None) -> Service:
     """The model in an engine that has compiled; `door` says which phase it is."""
 
     from functional_lm import compile as compiling
-    from functional_lm import folder, tree
+    from functional_lm import folder, kernels, tree
     from functional_lm.inference.engine import Engine
     from functional_lm.interop import peft
     from functional_lm.model.compute import decoding_copy
@@ -122,6 +122,11 @@ def load(flags: ServeFlags, door: Door | None = None) -> Service:
     if obstacle:
         console.say(f"running without compilation, several times slower: {obstacle}")
     compile = flags.compile and obstacle is None
+    if compile and device.type == "cpu":
+        with phase("compiling the decoding kernels (once)"):
+            obstacle = kernels.obstacle()
+        if obstacle:
+            console.say(f"decoding without kernels of its own, somewhat slower: {obstacle}")
     engine = Engine(
         weights, config, flags.slots, flags.context, flags.waiting, compile, bank, len(adapters), flags.reuse
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_lm import keys, tree
+from functional_lm import kernels, keys, tree
 from functional_lm.compile import compiled
 from functional_lm.inference import cache as kv
 from functional_lm.inference.generate import (
@@ -49,8 +49,8 @@ class Board:
         self.config = dataclasses.replace(config, dropout=0.0, checkpoint_activations=False)
         self.slots = slots
         self.chunk = min(CHUNK, config.max_len)
-        self._weights = (params, bank or {})
         self._device = tree.leaves(params)[0].device
+        self._weights = (kernels.prepared(params, wanted=compile and self._device.type == "cpu"), bank or {})
         rows = -(-length // self.chunk) * self.chunk
         self._cache = kv.init(self.config, slots, rows, precision(params["model"]["embed_tokens"]), self._device)
         self._state = self._empty()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from functional_lm import kernels
 from functional_lm.model.config import LONG, ModelConfig
 from functional_lm.model.linear import adapted, drop, linear
 from functional_lm.model.norm import norm
@@ -129,6 +130,10 @@ def attention(
     if cache is not None:
         cache = {"k": write(cache["k"], new_key, context.rows), "v": write(cache["v"], value, context.rows)}
         new_key, value = cache["k"], cache["v"]
+        if kernels.FEW in params["o_proj"] and kernels.attends(query):
+            assert context.rows is not None
+            y = kernels.filled_rows(query[..., 0, :], new_key, value, context.rows[:, 0], config.sliding_window)
+            return linear(params["o_proj"], y.flatten(-2)[..., None, :]), cache
     dropping = key is not None and config.dropout > 0
     if not dropping and use_flash(config, query):
         y = flash(query, new_key, value, context.mask)

@@ -10,6 +10,8 @@ or without an adapter beside it:
                                                        the input takes entry `lora_index[b]` (`lora_gain [N, out]`
                                                        stands for the magnitudes)
 
+    few_rows                                           a mark: a kernel of `kernels` multiplies a few rows
+
 Which leaves are there decides what is computed; there is no wrapper class and no flag.
 """
 
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from functional_lm import keys
+from functional_lm import kernels, keys
 from functional_lm.model import packed
 from functional_lm.tree import Tree
 
@@ -46,6 +48,9 @@ def base(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
     bias = params.get("bias")
     if packed.is_quantized(params):
         y = packed.product(params, x)
+        return y if bias is None else y + bias.to(x.dtype)
+    if kernels.few(params, x):
+        y = kernels.few_rows(x, params["weight"])
         return y if bias is None else y + bias.to(x.dtype)
     return F.linear(x, params["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
 
