@@ -37,7 +37,7 @@ from functional_lm.serving.host import Host
 from functional_lm.text import tokenizer as tokenizers
 
 TOKENIZER = tokenizers.train((), "bytes")
-CONFIG = ModelConfig(vocab_size=TOKENIZER.vocab_size, d_model=32, n_layers=2, n_heads=4, max_len=192)
+CONFIG = ModelConfig(vocab_size=TOKENIZER.vocab_size, d_model=32, n_layers=1, n_heads=4, max_len=192)
 NAMES = ("base", "red", "blue")
 
 

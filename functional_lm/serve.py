@@ -51,6 +51,12 @@ class ServeFlags:
     body_bytes: int = option(4 << 20, "largest body of a request", low=1)
     api_key: tuple[str, ...] = option((), "keys that clients have to show, commas between; none: everybody may ask")
     cors: tuple[str, ...] = option((), "origins whose pages may ask, commas between; *: all")
+    guesses: int = option(
+        0,
+        "tokens that a step reads ahead on the chance that the text repeats itself; the texts stay the same",
+        low=0,
+        high=16,
+    )
     reuse: bool = option(True, "read a prompt from where it differs from what a slot still holds")
     dtype: str = option("auto", "precision of weights and cache", choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "where to run", choices=DEVICES)
@@ -128,7 +134,16 @@ def load(flags: ServeFlags, door: Door | None = None) -> Service:
         if obstacle:
             console.say(f"decoding without kernels of its own, somewhat slower: {obstacle}")
     engine = Engine(
-        weights, config, flags.slots, flags.context, flags.waiting, compile, bank, len(adapters), flags.reuse
+        weights,
+        config,
+        flags.slots,
+        flags.context,
+        flags.waiting,
+        compile,
+        bank,
+        len(adapters),
+        flags.reuse,
+        flags.guesses,
     )
     engine.start(lambda name: phase(f"compiling {name}", quiet=not compile))
     service = Service(engine, tokenizer, tuple(names), flags.api_key, flags.seconds, flags.body_bytes)

@@ -165,7 +165,7 @@ def test_adapters_come_and_go_and_compile_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(board, "compiled", partial(compiling.compiled, backend="eager"))  # graphs are counted alike
     first, second, thin = adapter(1), adapter(2, 3), adapter(3, 1, ["q_proj"])
     bank = lora.room(PARAMS, [first], 2, 4)
-    here = engine(bank=bank, adapters=1, compile=True)
+    here = Engine(PARAMS, CONFIG, slots=3, compile=True, bank=bank, adapters=1).start(scored=(False,), plain=(True,))
     graphs = compiling.graphs()
     whole = engine(bank=lora.stack(PARAMS, [first, second, thin]))
 

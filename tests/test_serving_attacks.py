@@ -336,6 +336,39 @@ def test_a_flood_of_twice_the_capacity_is_told_to_come_back_and_passes() -> None
         assert found[-1] == (200, (99, offline("The", 5, 1.0, 99)))
 
 
+@pytest.mark.parametrize("where", ["queue", "prefill", "decode"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_who_leaves_is_noticed_wherever_its_request_is(where: str, stream: bool) -> None:
+    """Before a byte of the answer has gone, too: nothing fails to be written, and still the slot comes back."""
+    with serving(engine={"slots": 1, "waiting": 4}) as service, listening(service) as url:
+        step, read = service.engine.board.steps[True], service.engine.board.read
+        pace = {"queue": (0.02, 0.0), "prefill": (0.0, 0.8), "decode": (0.15, 0.0)}[where]
+        service.engine.board.steps[True] = lambda *given: (time.sleep(pace[0]), step(*given))[1]
+        service.engine.board.read = lambda *given: (time.sleep(pace[1]), read(*given))[1]  # type: ignore[method-assign]
+        ended: list[tuple[int, str]] = []
+        service.engine.listeners.append(lambda handle: ended.append((handle.made, handle.finish_reason)))
+        holder = service.engine.submit(Request((1,), 90)) if where == "queue" else None
+        body = json.dumps({"prompt": list(range(3, 83)), "max_tokens": 10, "stream": stream, "logprobs": None})
+        body = body.replace('"max_tokens": 10', '"max_tokens": 16') if where == "decode" else body
+        raw = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
+        connection.sendall(raw.encode())
+        began = time.monotonic()
+        state = "waiting" if where == "queue" else "running"
+        while not service.engine.stats()[state] and time.monotonic() < began + 10:
+            time.sleep(0.005)
+        connection.close()
+        while not ended and time.monotonic() < began + 10:
+            time.sleep(0.005)
+        made, reason = ended[0]
+        assert reason == "cancelled"
+        assert made < 16
+        assert where == "decode" or made == 0 or where == "prefill"
+        if holder is not None:
+            assert service.engine.stats()["running"] == 1  # it left from the queue, before those that write
+            holder.cancel()
+
+
 def test_a_request_leaves_nothing_to_the_next(service: Service, client: Any) -> None:
     """Penalties, biases, keys of draws, adapters' rows: what came before in a slot is not seen."""
     strange = {"temperature": 3.0, "top_k": 2, "repetition_penalty": 5.0, "frequency_penalty": 2.0,

@@ -99,7 +99,7 @@ def examples(client: Any, count: int, number: int) -> None:
 
 @pytest.mark.parametrize("number", range(len(ROUTES)), ids=[f"{route.method} {route.path}" for route in ROUTES])
 def test_what_is_made_of_the_document_breaks_nothing(client: Any, number: int) -> None:
-    examples(client, 12, number)
+    examples(client, 6, number)
 
 
 @pytest.mark.long

@@ -64,7 +64,7 @@ def client(service: Service) -> Any:
     n=st.integers(1, 2),
     stop=st.sampled_from([None, "e", ["qu", " "]]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_lists_of_a_stream_are_those_of_the_whole(client: Any, **how: Any) -> None:
     body = {"max_tokens": how.pop("count"), **how}
     _, whole = post(client, "/v1/completions", body)

@@ -13,7 +13,7 @@ pytest.importorskip("prometheus_client")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.long)])
 def test_nothing_is_lost_nothing_stays_and_every_text_is_the_offline_one(count: int) -> None:
     import soak_server as soaking
 

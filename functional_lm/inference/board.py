@@ -32,6 +32,7 @@ from functional_lm.inference.generate import (
 )
 from functional_lm.inference.requests import Request, Scored
 from functional_lm.inference.sampling import Penalties, Sampling
+from functional_lm.inference.speculation import verify
 from functional_lm.model import lora
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.linear import precision
@@ -44,10 +45,18 @@ class Board:
     """S slots with `length` rows each over one model. One thread at a time."""
 
     def __init__(
-        self, params: Tree, config: ModelConfig, slots: int, length: int, compile: bool = True, bank: Tree | None = None
+        self,
+        params: Tree,
+        config: ModelConfig,
+        slots: int,
+        length: int,
+        compile: bool = True,
+        bank: Tree | None = None,
+        guesses: int = 0,
     ) -> None:
+        """`guesses`: how many tokens a step may be handed to verify (`speculation.py`)."""
         self.config = dataclasses.replace(config, dropout=0.0, checkpoint_activations=False)
-        self.slots = slots
+        self.slots, self.guesses = slots, guesses
         self.chunk = min(CHUNK, config.max_len)
         self._device = tree.leaves(params)[0].device
         self._weights = (kernels.prepared(params, wanted=compile and self._device.type == "cpu"), bank or {})
@@ -151,15 +160,27 @@ class Board:
         state.penalties.counts[slot, token] = 1
         return int(token), score(logits, token) if request.logprobs is not None else None
 
-    def step(self, writing: Sequence[int], plain: bool) -> tuple[list[int], Scores | None]:
-        """One more token for each slot in `writing`; what the others compute is not looked at."""
+    def step(
+        self, writing: Sequence[int], plain: bool, guesses: Sequence[Sequence[int]] = ()
+    ) -> tuple[list[list[int]], Scores | None]:
+        """The next tokens of each slot in `writing`, more than one where its `guesses` were right.
+
+        Of the scores, slot s has the rows from s (guesses + 1) on. What other slots compute is not looked at.
+        """
         idle = [slot for slot in range(self.slots) if slot not in writing]
         kept = [rows[idle] for rows in (self._state.tokens, self._state.positions, self._state.drawn)]
-        (self._cache, self._state), said = self.steps[plain]((self._cache, self._state), self._weights)
+        given = torch.zeros(self.slots, self.guesses, dtype=torch.int64)
+        for slot, own in zip(writing, guesses):
+            given[slot] = torch.tensor(own)
+        more = (given.to(self._device),) if self.guesses else ()
+        (self._cache, self._state), said = self.steps[plain]((self._cache, self._state), self._weights, *more)
         tokens, scores = (said, None) if plain else said
         for rows, before in zip((self._state.tokens, self._state.positions, self._state.drawn), kept):
             rows[idle] = before
-        return tokens[list(writing)].tolist(), scores
+        if not self.guesses:
+            return [[token] for token in tokens[list(writing)].tolist()], scores
+        columns, counts = (rows[list(writing)].tolist() for rows in tokens)
+        return [row[:count] for row, count in zip(columns, counts)], scores
 
 
 def told(scores: Scores, rows: Iterable[int], tokens: Iterable[int], count: int) -> list[Scored]:
@@ -207,13 +228,18 @@ def _fill_scored(
 
 
 def _step(
-    state: tuple[Tree, Slots], weights: Weights, config: ModelConfig, plain: bool
+    state: tuple[Tree, Slots], weights: Weights, *guesses: Tensor, config: ModelConfig, plain: bool
 ) -> tuple[tuple[Tree, Slots], Any]:
     """Tokens of a step; their scores too, unless all slots are `plain`: then the penalties (off) stay as they are."""
     cache, slots = state
     assert isinstance(slots.adapters, Tensor)
     params = _whole(weights, slots.adapters)
-    if not plain:
-        return decode_scored(state, params, config, truncating=True)
-    (cache, after), tokens = decode_step((cache, slots._replace(penalties=())), params, config, truncating=False)
-    return (cache, after._replace(penalties=slots.penalties)), tokens
+    given = (cache, slots._replace(penalties=())) if plain else state
+    if guesses:
+        (cache, after), (tokens, count, logits) = verify(given, params, guesses[0], config, not plain)
+        said: Any = (tokens, count) if plain else ((tokens, count), score(logits.flatten(0, 1), tokens.flatten()))
+    elif plain:
+        (cache, after), said = decode_step(given, params, config, truncating=False)
+    else:
+        (cache, after), said = decode_scored(given, params, config, truncating=True)
+    return (cache, after._replace(penalties=slots.penalties) if plain else after), said

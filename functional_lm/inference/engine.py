@@ -28,6 +28,7 @@ from functional_lm.inference.entries import Entries
 from functional_lm.inference.generate import Scores
 from functional_lm.inference.prefixes import Prefixes
 from functional_lm.inference.requests import Busy, Closed, Handle, Request, Scored, StepFailed, TooMuch
+from functional_lm.inference.speculation import History
 from functional_lm.model import lora
 from functional_lm.model.config import ModelConfig
 from functional_lm.tree import Tree
@@ -43,6 +44,7 @@ class _Running:
 
     handle: Handle
     read: int  # prompt tokens in the cache
+    history: History | None = None  # for guesses
 
     @property
     def left(self) -> int:
@@ -67,17 +69,22 @@ class Engine:
         bank: Tree | None = None,
         adapters: int | None = None,
         reuse: bool = True,
+        guesses: int = 0,
     ) -> None:
         """`params` may be a compute copy; `bank` (`lora.stack`) holds the adapters that requests may name, from 1.
 
         If it has room for more (`lora.room`), `adapters` says how many it holds. `reuse` says whether a prompt may
-        begin with rows that a slot holds already.
+        begin with rows that a slot holds already. `guesses` is how many tokens each step reads ahead on the chance that
+        the text repeats itself (`speculation.py`), which shortens the longest text by as many.
         """
         self.config = config
         self.slots, self.waiting, self.reuse = slots, waiting, reuse
-        self.longest = min(length or config.max_len, config.max_len)  # tokens of prompt and text together
+        rows = min(length or config.max_len, config.max_len)
+        self.longest = rows - guesses  # tokens of prompt and text together
+        if self.longest < 2:
+            raise UsageError(f"{guesses} guesses leave nothing of a context of {rows} tokens; give at most {rows - 2}")
         self.capacity = lora.entries(bank) if bank else 0
-        self.board = Board(params, config, slots, self.longest, compile, bank)
+        self.board = Board(params, config, slots, rows, compile, bank, guesses)
         self.listeners: list[Callable[[Handle], None]] = []  # called at the end of each request, on the engine's thread
         self._entries = Entries(self.capacity, self.capacity if adapters is None else adapters)
         self._prefixes = Prefixes(slots, self.board.chunk)
@@ -237,7 +244,8 @@ class Engine:
                 slot, shared = self._prefixes.best(free, request.prompt, request.whose)
                 handle.cached = 0 if request.prompt_logprobs or not self.reuse else shared
                 free.remove(slot)
-                self._running[slot] = _Running(handle, handle.cached)
+                history = History(request.prompt) if self.board.guesses else None
+                self._running[slot] = _Running(handle, handle.cached, history)
                 self._prefixes.note(slot, request.prompt[: handle.cached], request.whose)
                 self.board.settle(slot, request, self._entries.row(request.adapter), handle.cached)
 
@@ -276,13 +284,19 @@ class Engine:
     def _write(self, writing: list[int]) -> None:
         """One more token for every slot that has read its prompt."""
         plain = all(self._running[slot].handle.request.plain for slot in writing)
-        tokens, scores = self.board.step(writing, plain)
-        for slot, token in zip(writing, tokens):
-            self._say(slot, token, scores, slot)
+        ahead = self.board.guesses
+        histories = [history for slot in writing if (history := self._running[slot].history) is not None]
+        said, scores = self.board.step(writing, plain, [history.guess(ahead) for history in histories])
+        for slot, tokens in zip(writing, said):
+            for column, token in enumerate(tokens):
+                if slot in self._running:  # else an earlier one of these has ended it
+                    self._say(slot, token, scores, slot * (ahead + 1) + column)
 
     def _say(self, slot: int, token: int, scores: Scores | None, row: int) -> None:
-        handle = self._running[slot].handle
+        handle, history = self._running[slot].handle, self._running[slot].history
         request = handle.request
+        if history is not None:
+            history.add(token)
         if request.logprobs is not None and scores is not None:
             handle.scores += told(scores, [row], [token], request.logprobs)
         if token in request.stop_ids:

@@ -63,10 +63,11 @@ class Penalties(NamedTuple):
         table = torch.zeros(slots, vocab_size, device=device)
         return cls(zeros, zeros + 1, zeros.clone(), zeros.clone(), table, table.bool(), table.to(torch.int64))
 
-    def counted(self, tokens: Int[Tensor, "S"]) -> Penalties:
-        """With one more generated token in each slot."""
+    def counted(self, tokens: Int[Tensor, "S"], times: Int[Tensor, "S"] | None = None) -> Penalties:
+        """With one more generated token in each slot, or so many of it."""
         slot = torch.arange(tokens.shape[0], device=tokens.device)
-        return self._replace(counts=self.counts.index_put((slot, tokens), torch.ones_like(tokens), accumulate=True))
+        times = torch.ones_like(tokens) if times is None else times
+        return self._replace(counts=self.counts.index_put((slot, tokens), times, accumulate=True))
 
 
 def penalize(logits: Float[Tensor, "S V"], by: Penalties) -> Float[Tensor, "S V"]:
