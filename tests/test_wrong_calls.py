@@ -7,6 +7,7 @@ of everything that can be wrong with a file (`wrong_world.py`).
 from __future__ import annotations
 
 import shlex
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,12 @@ def calls() -> list[Call]:
     return [Call(int(code), words, message) for code, words, message in rows]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def snapshot(root: Path) -> dict[str, tuple[int, int] | None]:
     """Every file with its length and time, every folder."""
     return {
@@ -56,7 +63,7 @@ def test_a_wrong_call_is_refused(
     call: Call, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(world)
-    before, words = snapshot(world), call.words
+    before, words = snapshot(world), call.words.replace("$P", str(free_port()))
     for short, long in SHORT.items():
         words = words.replace(short, long)
     code = main(COMMANDS, shlex.split(words))
