@@ -49,7 +49,7 @@ class AdaptationFlags(TrainingFlags):
 class LoraFlags:
     """The adapter."""
 
-    lora_rank: int = option(16, "rank of the adapter", group="Adapter")
+    lora_rank: int = option(16, "rank of the adapter", low=1, high=4096, group="Adapter")
     lora_alpha: float = option(16.0, "its scale is alpha / rank", above=0, group="Adapter")
     lora_targets: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj", "o_proj"),

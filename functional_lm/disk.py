@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,13 @@ def watched_by(guard: Guard) -> Iterator[None]:
 
 
 def _do(kind: str, path: str | os.PathLike[str], act: Callable[[float], Any], source: Path | None = None) -> Any:
-    return _GUARDS[-1](Operation(kind, Path(path), act, source)) if _GUARDS else act(1.0)
+    """Make the change. An error that does not say which file it is about is told."""
+    try:
+        return _GUARDS[-1](Operation(kind, Path(path), act, source)) if _GUARDS else act(1.0)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = re.sub(r"\.tmp-(old-)?\d+-", "", str(error.filename or path))  # the name it was to get
+        raise
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

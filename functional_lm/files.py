@@ -27,6 +27,7 @@ __all__ = [
     "journal",
     "locked",
     "make_folder",
+    "parse_json",
     "read_json",
     "refuse_existing",
     "remove",
@@ -179,7 +180,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Raises OSError for a file that cannot be read, ValueError for one that is no JSON."""
+    return parse_json(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises ValueError for what is no JSON, lists in lists by the thousand included."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def safetensors_header(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -199,7 +209,7 @@ def safetensors_header(path: str | Path) -> dict[str, dict[str, Any]]:
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         intact = all(isinstance(entry["shape"], list) and "dtype" in entry for entry in tensors.values())
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
         intact, end = False, 0
     if not intact or 8 + length + end != whole:
         raise DataError(f"{path} is not a whole safetensors file; write or copy it again")

@@ -101,8 +101,6 @@ def _check(options: Options) -> Corpus:
     from functional_lm.text import corpus
 
     training_flags.check(options)
-    if isinstance(options, LoraFlags) and options.lora_rank < 1:
-        raise UsageError(f"--lora_rank is {options.lora_rank}; an adapter needs at least 1")
     config = model_config.read(Path(options.model) / "config.json")
     if options.block_size is not None and options.block_size > config.max_len:
         raise UsageError(f"--block_size {options.block_size} is longer than the model's max_len {config.max_len}")

@@ -24,6 +24,8 @@ NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 PLURALS = {bool: "words true or false", int: "whole numbers", float: "numbers", str: "texts"}
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 NONE = ("none", "null", "None")
+# Where an empty text would mean the folder that one happens to be in.
+PLACES = {"out", "output", "model", "models", "data", "tokenizer", "adapter", "config", "source", "base", "resume"}
 # A word that can only be meant as a flag. "-1", "-", "---" and "- an item" are values.
 FLAG = re.compile(r"(--?)([A-Za-z][^\s=]*)(?:=(.*))?", re.DOTALL)
 
@@ -208,6 +210,8 @@ def _scalar(flag: Flag, text: str) -> Any:
             raise UsageError(f"--{flag.name} is {shown}; it is {flag.noun}")
     elif flag.kind is not str:
         value = _number(flag, text, shown)
+    if flag.name in PLACES and not str(value).strip():
+        raise UsageError(f"--{flag.name} is empty; name a file or folder")
     if reason := refusal(value, flag.about):
         none = ", none" if flag.optional and "choices" in flag.about else ""
         raise UsageError(f"--{flag.name} is {shown}; {reason}{none}")

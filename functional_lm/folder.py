@@ -56,6 +56,7 @@ def load(
         raise DataError(f"the weights in {folder} are quantised; give the model that they were made from")
     params = tree.load(folder / "model.safetensors", device)
     check(params, config, folder / "model.safetensors", plan)
+    check_finite(params, folder / "model.safetensors")
     if dtype is not None:
         params = tree.cast(params, dtype)
     tokenizer = tokenizers.load(folder)
@@ -91,6 +92,17 @@ def check(params: Tree, config: ModelConfig, what: str | Path, plan: Plan | None
         kind, wanted = found[name].dtype, expected[name].dtype
         if kind != wanted and not (kind.is_floating_point and wanted.is_floating_point):
             raise DataError(f"{what}: {name!r} is of {kind}; config.json describes {wanted}")
+
+
+def check_finite(params: Tree, what: str | Path) -> None:
+    """Raise DataError for a number that is none: nothing can be computed from there."""
+    for name, leaf in tree.flatten(params).items():
+        if leaf.is_floating_point() and not leaf.isfinite().all():
+            bad = int((~leaf.isfinite()).sum())
+            raise DataError(
+                f"{what}: {name!r} holds NaN or infinite numbers ({bad} of {leaf.numel()}); the model is damaged, or "
+                "its training diverged: take an earlier one"
+            )
 
 
 def save(folder: str | Path, params: Tree, config: ModelConfig, tokenizer: Tokenizer, plan: Plan | None = None) -> None:

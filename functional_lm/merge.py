@@ -46,6 +46,8 @@ class MergeFlags:
 
 def run(options: MergeFlags) -> int:
     given = _weights(options)
+    if not any(given):
+        raise UsageError("--weights are all 0, which is no model; give one that is not")
     patterns = _patterns(options)
     _check(options)
     files.refuse_existing(options.out)

@@ -35,6 +35,7 @@ class TokenizerFlags:
     data: str | None = option(None, f"text to learn from (bytes need none): {SOURCES}", aliases=("data_path",))
     tokenizer_type: str = option("bpe", "kind of tokenizer", choices=KINDS)
     vocab_size: int = option(4096, "tokens: exactly of bpe, unigram; at most of char, wordchar", low=8, high=1_000_000)
+    overwrite: bool = option(False, "replace a tokenizer that is there")
     max_download: int = max_download()
     download_folder: str | None = download_folder()
 
@@ -48,6 +49,7 @@ class PrepareFlags:
     tokenizer: str = option(REQUIRED, "tokenizer file or folder", aliases=("tokenizer_path",))
     deduplicate: bool = option(True, "drop documents that equal an earlier one")
     threads: int | None = option(None, "processes that encode; all cores if not given", low=1)
+    overwrite: bool = option(False, "replace a dataset of something else that is there")
     max_download: int = max_download()
     download_folder: str | None = download_folder()
 
@@ -64,6 +66,7 @@ def run_tokenizer(options: TokenizerFlags) -> int:
 
     if options.data is None and options.tokenizer_type != "bytes":
         raise UsageError(f"--data is required: a {options.tokenizer_type} tokenizer learns from text")
+    _check_tokenizer_place(options)
     found = corpus.find(options.data, downloads(options)) if options.data is not None else None
     with console.announced(f"making a {options.tokenizer_type} tokenizer"):
         if found is None:
@@ -75,11 +78,27 @@ def run_tokenizer(options: TokenizerFlags) -> int:
     return 0
 
 
+def _check_tokenizer_place(options: TokenizerFlags) -> None:
+    """Nobody's model gets another tokenizer by mistake."""
+    from functional_lm.text.interface import MODEL_FILES
+
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a folder")
+    for name in ("model.safetensors", "config.json", *MODEL_FILES):
+        if (out / name).exists() and (not options.overwrite or name not in MODEL_FILES):
+            what, remedy = ("tokenizer", ", or --overwrite it") if name in MODEL_FILES else ("model", "")
+            raise UsageError(f"--out {out} holds a {what} already ({name}); choose another folder{remedy}")
+
+
 def run_prepare(options: PrepareFlags) -> int:
     from functional_lm.text import corpus, prepare, storage, tokenizer
 
     loaded = tokenizer.load(options.tokenizer)
     found = corpus.find(options.data, downloads(options))
+    if not options.overwrite and not prepare.is_own(found, options.out, loaded, options.deduplicate):
+        name = storage.name_of(options.out)
+        raise UsageError(f"--out {name}.bin is a dataset of something else; choose another name, or --overwrite it")
     made = prepare.prepare(found, options.out, loaded, options.threads, deduplicate=options.deduplicate)
     console.say(describe(made) + (" (made earlier from the same files, kept)" if made.reused else ""))
     name = storage.name_of(options.out)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from functional_lm import console, files
 from functional_lm.cli import Command
-from functional_lm.errors import DataError, UsageError
+from functional_lm.errors import UsageError
 from functional_lm.options import REQUIRED, option
 from functional_lm.prepare import SOURCES
 
@@ -63,10 +63,10 @@ def run(options: QuantizeFlags) -> int:
     from functional_lm.model import gptq, quantize
 
     model = folder.load(options.model)
-    if bad := [name for name, leaf in tree.flatten(model.params).items() if not leaf.isfinite().all()]:
-        raise DataError(f"{options.model}: {bad[0]!r} holds NaN or infinite numbers; this model is damaged")
     quantize.quantize(tree.to(model.params, "meta"), plan)  # refuses what cannot be, before any text is read
     train, validation = _text(options, model)
+    if validation is not None:
+        next(_batches(options, model, validation))  # refuses a text that has nothing to measure on
     if options.method == "gptq":
         assert train is not None
         with console.announced("calibrating"):

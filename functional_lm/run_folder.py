@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import functional_lm
 from functional_lm import console, disk, files, training_flags
-from functional_lm.errors import DataError, UsageError
+from functional_lm.errors import DataError, FunctionalLMError, UsageError
 from functional_lm.training_flags import TrainingFlags
 
 if TYPE_CHECKING:
     from functional_lm.model.config import ModelConfig
     from functional_lm.text.tokenizer import Tokenizer
 
-LOCK = ".lock"
+LOCK, REPLACED = ".lock", ".replaced"
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
 
@@ -41,8 +41,8 @@ def check_overwrite(out: Path, read: Iterable[tuple[str, Any]]) -> None:
 def held(out: Path) -> Iterator[None]:
     """This process alone trains in `out` as long as the block lasts. Raises DataError where another one does.
 
-    A folder that was made for the lock and got nothing else is gone afterwards. One that cannot be written to is not
-    locked: whoever tries to write will be told.
+    A folder that had nothing in it has nothing in it afterwards if the call was refused before it trained. One that
+    cannot be written to is not locked: whoever tries to write will be told.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; name a folder")
@@ -53,7 +53,15 @@ def held(out: Path) -> Iterator[None]:
     files.make_folder(out)
     try:
         with files.locked(out / LOCK, f"another process is training in {out}; wait for it, or choose another --out"):
-            yield
+            _restore(out)
+            fresh = all(path.name == LOCK for path in out.iterdir())
+            try:
+                yield
+            except FunctionalLMError:
+                if fresh and not (out / "metrics.jsonl").exists():
+                    _clear(out)
+                _restore(out)
+                raise
     finally:
         for path in made:
             with suppress(OSError):
@@ -213,17 +221,46 @@ def begin(
     out: Path,
 ) -> dict[str, Any]:
     """Make the folder, with the tokenizer and a record of every flag; returns what a checkpoint keeps of it."""
-    if flags.overwrite:
-        for path in out.iterdir() if out.is_dir() else ():
-            if path.name != LOCK:
-                files.remove(path)
     files.make_folder(out)
+    if flags.overwrite:
+        _set_aside(out)
     files.sweep(out)
     tokenizer.save(out)
     versions, length = _versions(), training_flags.budget(flags)
     every = {"options": dataclasses.asdict(flags), "overrides": dict(overrides), "model": config.to_json()}
     files.write_json(out / "run.json", {**every, "budget": length, "versions": versions})
     return {**every, "options": fixed(flags), "budget": length, "versions": versions, "inputs": {}}
+
+
+def _clear(out: Path) -> None:
+    """Remove everything in a folder but the lock that this process holds and a run that was set aside."""
+    for path in sorted(out.iterdir()):
+        if path.name not in (LOCK, REPLACED):
+            files.remove(path)
+
+
+def _set_aside(out: Path) -> None:
+    """The run that `--overwrite` replaces is there until the new one trains: it may still be refused."""
+    files.make_folder(out / REPLACED)
+    for path in sorted(out.iterdir()):
+        if path.name not in (LOCK, REPLACED):
+            disk.rename(path, out / REPLACED / path.name)
+
+
+def settle(out: Path) -> None:
+    """Training begins: what was replaced goes."""
+    files.remove(out / REPLACED)
+
+
+def _restore(out: Path) -> None:
+    """A run that was set aside for one that never trained is there again."""
+    if not (out / REPLACED).is_dir():
+        return
+    if not (out / "metrics.jsonl").exists():
+        for path in sorted((out / REPLACED).iterdir()):
+            files.remove(out / path.name)
+            disk.rename(path, out / path.name)
+    settle(out)
 
 
 def _versions() -> dict[str, Any]:

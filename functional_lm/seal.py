@@ -49,9 +49,20 @@ def read(folder: Path, name: str, format: int) -> dict[str, Any]:
         later = intact and isinstance(notes["format"], int) and notes["format"] > format
         kind, remedy = (LaterFormat, "; use the version that wrote it") if later else (DataError, "")
         raise kind(f"{folder}: {name} has format {notes['format']!r}; this version reads {format}{remedy}")
-    if not intact:
+    if not intact or not _is_list(notes["files"]):
         raise DataError(f"{folder}: {name} is damaged (its sha256 is another)")
     return notes
+
+
+def _is_list(entries: Any) -> bool:
+    """Whether it is what `seal` writes: names below the folder, with length and sha256."""
+    return isinstance(entries, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        and not (Path(name).is_absolute() or ".." in Path(name).parts)
+        for name, entry in entries.items()
+    )
 
 
 def verified(folder: Path, name: str, format: int) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def recording(flags: TrainingFlags, out: Path, step: int) -> Iterator[Recorder]:
     """The records of the run in `out`, from `step` on."""
     from functional_lm.training.record import Recorder, WandbSink
 
+    run_folder.settle(out)
     settings = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
     also = WandbSink(out, flags.wandb_project, settings) if flags.wandb else None
     with Recorder(out, step, also, Trouble(flags, "a record of the run was lost")) as recorder:

@@ -269,11 +269,17 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Tree:
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """What `save` was given as metadata; empty for a file that others wrote."""
-    from safetensors import safe_open
+    """What `save` was given as metadata; empty for a file that others wrote. Raises DataError for a damaged one."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("functional_lm", "{}"))
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("functional_lm", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a whole safetensors file ({error}); write or copy it again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} has notes of another kind ({type(found).__name__}); write or copy it again")
+    return found
 
 
 def restore(template: T, flat: Mapping[str, Tensor], what: str = "the file") -> T:

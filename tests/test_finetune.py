@@ -134,7 +134,7 @@ def test_patience_keeps_the_best_adapter(base: Path, data: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("verb", "flags", "message"),
     [
-        ("lora-finetune", {"lora_rank": 0}, "--lora_rank is 0; an adapter needs at least 1"),
+        ("lora-finetune", {"lora_rank": 0}, "--lora_rank is 0; it has to be between 1 and 4096"),
         ("lora-finetune", {"lora_targets": "w_proj"}, "the target 'w_proj' matches nothing"),
         ("lora-finetune", {"lora_targets": "embed_tokens", "dora": "true"}, "leave it out"),
         ("finetune", {"block_size": 64}, "--block_size 64 is longer than the model's max_len 48"),

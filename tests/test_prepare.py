@@ -365,13 +365,16 @@ def test_the_commands_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     make = ["--out", tokens, "--tokenizer_type"]
     assert main_single(commands.TRAIN_TOKENIZER, ["--data", source, "--vocab_size", "300", *make, "wordchar"]) == 0
     assert tokenizer.load(tokens).vocab_size < 300
-    assert main_single(commands.TRAIN_TOKENIZER, [*make, "bytes"]) == 0
+    assert main_single(commands.TRAIN_TOKENIZER, [*make, "bytes"]) == 2
+    assert "holds a tokenizer already" in capsys.readouterr().err
+    assert main_single(commands.TRAIN_TOKENIZER, [*make, "bytes", "--overwrite"]) == 0
     out = str(tmp_path / "made")
     assert main_single(commands.PREPARE, ["--data", source, "--tokenizer", tokens, "--out", out]) == 0
     assert "2 documents are 18 tokens of 0.89 bytes, 1 duplicates dropped" in capsys.readouterr().out
-    assert (
-        main_single(commands.PREPARE, ["--data", source, "--tokenizer", tokens, "--out", out, "--nodeduplicate"]) == 0
-    )
+    another = ["--data", source, "--tokenizer", tokens, "--out", out, "--nodeduplicate"]
+    assert main_single(commands.PREPARE, another) == 2
+    assert "is a dataset of something else" in capsys.readouterr().err
+    assert main_single(commands.PREPARE, [*another, "--overwrite"]) == 0
     assert "3 documents" in capsys.readouterr().out
     assert main_single(commands.TRAIN_TOKENIZER, [*make, "char"]) == 2
     assert capsys.readouterr().err == "error: --data is required: a char tokenizer learns from text\n"

@@ -102,6 +102,29 @@ def test_orphans_of_a_crash_are_removed_and_an_interrupted_replacement_is_undone
     equal_runs(copy, run)
 
 
+def test_a_run_to_replace_is_there_until_the_new_one_trains(
+    copy: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused for its text, behind all checks of flags; killed while it prepares."""
+    short, before = copy.parent / "short.txt", contents(copy)
+    short.write_text("too short")
+    flags = {"overwrite": True, "tokenizer": shutil.copytree(copy, copy.parent / "words"), "vocab_size": None}
+    assert pretrain(data=short, out=copy, **flags) == 1
+    assert "too few for one block" in one_line(capsys)
+    assert contents(copy) == before
+
+    def killed(*arguments: Any) -> Any:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr("functional_lm.text.prepare.dataset_of", killed)
+        with pytest.raises(SystemExit):
+            pretrain(data=text, out=copy, **flags)
+    assert not (copy / "checkpoints").exists()
+    assert pretrain(data=text, out=copy) == 0
+    assert contents(copy) == before
+
+
 # The same run or another ----------------------------------------------------------------------------------------------
 
 

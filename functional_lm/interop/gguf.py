@@ -9,7 +9,6 @@ Axes: H heads, E head width.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,5 +236,5 @@ def _tokens(writer: Any, package: Any, tokenizer: Tokenizer, size: int, source: 
 def chat_template(source: Path) -> str | None:
     """The template in a folder's `tokenizer_config.json`: a text that is handed on, never run."""
     path = source / "tokenizer_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+    found = files.read_json(path).get("chat_template") if path.is_file() else None
     return found if isinstance(found, str) else None

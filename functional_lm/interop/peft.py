@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,8 +199,10 @@ def _record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"no {path.name} in {path.parent}; an adapter folder has it beside {CONFIG}")
     files.safetensors_header(path)  # a damaged header is refused here, in one line
-    found = tree.metadata(path)
-    return {name: value for name, value in found.items() if value is not None}
+    found = {name: value for name, value in tree.metadata(path).items() if value is not None}
+    if not isinstance(found.get("digest", ""), str):
+        raise DataError(f"{path} has notes of another kind; write or copy it again")
+    return found
 
 
 def _check(values: Mapping[str, Any], path: Path) -> None:
@@ -210,7 +212,11 @@ def _check(values: Mapping[str, Any], path: Path) -> None:
     for name in ("r", "lora_alpha"):
         if not isinstance(values.get(name), int | float) or isinstance(values[name], bool) or values[name] <= 0:
             raise DataError(f"{path}: {name} is {values.get(name)!r}; it has to be above 0")
-    if values.get("init_lora_weights") not in STARTS:
+    if not float(values["r"]).is_integer():
+        raise DataError(f"{path}: r is {values['r']!r}; it has to be a whole number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(values.get(name) or {}, f"{path}: {name}")
+    if not isinstance(start := values.get("init_lora_weights"), Hashable) or start not in STARTS:
         raise DataError(
             f"{path}: init_lora_weights is {values['init_lora_weights']!r}, which changed the base; "
             "save it with PEFT's conversion to plain LoRA first"
@@ -220,6 +226,19 @@ def _check(values: Mapping[str, Any], path: Path) -> None:
             continue
         if name not in READ | HARMLESS and value not in (None, False, {}, []):
             raise DataError(f"{path}: {name} is {value!r}, which is not understood here")
+
+
+def _check_patterns(patterns: Any, what: str) -> None:
+    """Expressions, with a number above 0 for each."""
+    if not isinstance(patterns, dict):
+        raise DataError(f"{what} is {patterns!r}; it has to be numbers by pattern")
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise DataError(f"{what} holds {pattern!r}, which is no expression ({error})") from error
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise DataError(f"{what}: {pattern!r} is {value!r}; it has to be above 0")
 
 
 def _ours(name: str, path: Path) -> str:

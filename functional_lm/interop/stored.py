@@ -6,7 +6,6 @@ that no more of it than that tensor is mapped into memory.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from functional_lm.errors import DataError
+from functional_lm.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -64,7 +64,7 @@ def catalogue(folder: Path) -> dict[str, Stored]:
 def _shards(folder: Path) -> dict[str, Stored]:
     index = folder / INDEX
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(index)["weight_map"]
         files = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is no index of shards: it has to map names to files under 'weight_map'") from error

@@ -35,14 +35,16 @@ LONG = 1024
 class ModelConfig:
     """The architecture. Numbers left at 0 are derived: `n_kv_heads` = `n_heads`, `head_dim` = D/H, others from D."""
 
-    vocab_size: int = option(32000, "tokens in the vocabulary (V)", low=1)
-    d_model: int = option(256, "model width (D)", low=1)
-    n_layers: int = option(6, "transformer blocks (L)", low=1)
-    n_heads: int = option(8, "query heads (H)", low=1)
-    n_kv_heads: int = option(0, "key/value heads (K), a divisor of n_heads; 0: as many as n_heads", low=0)
-    head_dim: int = option(0, "width of a head (E); 0: d_model / n_heads", low=0)
-    d_ff: int = option(0, "feed-forward width (F); 0: 8/3 d_model for swiglu, 4 d_model otherwise", low=0)
-    max_len: int = option(256, "longest sequence the model is made for, tokens", low=1)
+    vocab_size: int = option(32000, "tokens in the vocabulary (V)", low=1, high=100_000_000)
+    d_model: int = option(256, "model width (D)", low=1, high=1_000_000)
+    n_layers: int = option(6, "transformer blocks (L)", low=1, high=10_000)
+    n_heads: int = option(8, "query heads (H)", low=1, high=100_000)
+    n_kv_heads: int = option(0, "key/value heads (K), a divisor of n_heads; 0: as many as n_heads", low=0, high=100_000)
+    head_dim: int = option(0, "width of a head (E); 0: d_model / n_heads", low=0, high=1_000_000)
+    d_ff: int = option(
+        0, "feed-forward width (F); 0: 8/3 d_model for swiglu, 4 d_model otherwise", low=0, high=10_000_000
+    )
+    max_len: int = option(256, "longest sequence the model is made for, tokens", low=1, high=1_000_000_000)
     dropout: float = option(0.0, "probability of dropping an activation while training", low=0, below=1)
     positions: str = option("rope", "how tokens know their place", choices=CHOICES["positions"])
     rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0)
@@ -175,7 +177,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"no configuration at {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})") from error
     return _object(values, path)
 

@@ -119,14 +119,16 @@ class BytePairTokenizer(Table):
 def _description(text: str) -> dict[str, Any]:
     """The file as JSON, held against what is read here. Raises DataError naming the part that is not."""
     try:
-        description = json.loads(text)
+        description = files.parse_json(text)
         model = description["model"]
         kind, vocabulary = model["type"], model["vocab"]
         parts = list(_flat(description["pre_tokenizer"], "pretokenizers"))
         normal = [part["type"] for part in _flat(description.get("normalizer"), "normalizers")]
         added = description.get("added_tokens", [])
         strange = [token["content"] for token in added if not token["special"] and _reaching(token)]
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(token["content"], str) and isinstance(token["id"], int) for token in added):
+            raise TypeError("added_tokens are names with numbers")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"not a tokenizer.json ({type(error).__name__}: {error})") from error
     names = [part["type"] for part in parts]
     fallback = bool(model.get("byte_fallback"))

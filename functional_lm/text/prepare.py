@@ -69,6 +69,7 @@ def dataset_of(
         summary = prepare(found, out, tokenizer, progress=progress, deduplicate=deduplicate)
         return storage.open_dataset(out, tokenizer), summary
     started, data = time.perf_counter(), storage.open_dataset(found.files[0], tokenizer)
+    storage.verify(data)
     chunks = (data.tokens[start : start + COMMIT_TOKENS] for start in range(0, len(data.tokens), COMMIT_TOKENS))
     size = sum(int(tokenizer.byte_lengths[chunk].sum()) for chunk in chunks)
     return data, Summary(data.documents, len(data.tokens), size, time.perf_counter() - started, reused=True)
@@ -123,11 +124,25 @@ def prepare(
     return summary
 
 
+def is_own(found: Corpus, out: str | Path, tokenizer: Tokenizer, deduplicate: bool) -> bool:
+    """Whether `prepare` would make anew what it made there before, or would replace nothing."""
+    name = storage.name_of(out)
+    if not any(Path(f"{name}{suffix}").exists() for suffix in (".bin", ".index")):
+        return True
+    try:
+        earlier = files.read_json(f"{name}.json")
+        before = (earlier["source"], earlier["tokenizer"], earlier["deduplicate"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return before == (found.source, tokenizer.digest, deduplicate)
+
+
 def _kept(record: Path, inputs: dict[str, Any], tokenizer: Tokenizer) -> Summary | None:
     """The summary of an earlier run, if its inputs and its result are still what they were."""
     try:
         earlier = files.read_json(record)
         found = storage.open_dataset(record.with_suffix(""), tokenizer)
+        storage.verify(found)
         same = all(earlier[name] == value for name, value in inputs.items())
         if same and earlier["dataset"] == found.digest:
             return Summary(**{**earlier["summary"], "reused": True})

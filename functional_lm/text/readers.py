@@ -304,7 +304,7 @@ def _element(ahead: _Ahead, where: str) -> Any:
             cut_off = error.msg.startswith("Unterminated string") or error.pos > len(ahead.text) - 16
             if not (cut_off and ahead.more()):
                 raise DataError(f"{where}: not JSON ({error.msg})") from None
-        except RecursionError as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list in a list in a list
             raise DataError(f"{where}: not JSON ({error})") from None
 
 

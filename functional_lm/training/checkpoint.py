@@ -84,6 +84,8 @@ def load(path: str | Path, template: TrainState) -> tuple[TrainState, dict[str, 
     """
     path = Path(path)
     found = seal.verified(path, NOTES, FORMAT)
+    if not isinstance(found.get("memory"), dict):
+        raise DataError(f"{path}: {NOTES} is damaged (it holds something else)")
     device = template.key.device
     flat: dict[str, Tensor] = {}
     if not found.get("population"):

@@ -157,7 +157,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     rows = []
     if path.is_file():
         for line in path.read_bytes().splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
     return rows

@@ -1,0 +1,73 @@
+"""Parsers take whatever bytes there are, or refuse them: what was found once, and a few inputs more of each kind."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def tool() -> Any:
+    path = Path(__file__).parents[1] / "tools" / "fuzz.py"
+    specification = importlib.util.spec_from_file_location("fuzz", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["fuzz"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+fuzz = tool()
+
+
+@pytest.fixture(scope="module")
+def parsers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {
+        parser.name: (parser, parser.sound.read_bytes()) for parser in fuzz.parsers(tmp_path_factory.mktemp("sound"))
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "alarm", lambda seconds: None)
+
+
+def test_sound_files_are_read(parsers: dict[str, Any]) -> None:
+    """Otherwise the fuzzer would look at nothing but refusals."""
+    for parser, sound in parsers.values():
+        parser.sound.write_bytes(sound)
+        parser.read(parser.sound)
+        assert parser.mend is None or parser.mend(sound)
+    assert len(parsers) >= 20
+
+
+def test_an_input_is_a_function_of_its_number(parsers: dict[str, Any]) -> None:
+    parser, sound = parsers["index"]
+    made = [fuzz.mutated(parser, number, sound) for number in range(50)]
+    assert made == [fuzz.mutated(parser, number, sound) for number in range(50)]
+    assert len(set(made)) > 40
+
+
+def test_what_was_found_once_is_found_no_more(parsers: dict[str, Any]) -> None:
+    for name, number in fuzz.kept():
+        parser, sound = parsers[name]
+        assert fuzz.attempt(parser, number, sound) is None, (name, number)
+        parser.sound.write_bytes(sound)
+
+
+def test_inputs_of_every_kind(parsers: dict[str, Any]) -> None:
+    for parser, sound in parsers.values():
+        for number in range(60):
+            assert fuzz.attempt(parser, number, sound) is None, (parser.name, number)
+        parser.sound.write_bytes(sound)
+
+
+def test_an_error_of_another_kind_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "sound").write_bytes(b"sound")
+    parser = fuzz.Parser("broken", tmp_path / "sound", lambda path: {}["nothing"])
+    assert "KeyError: 'nothing'" in fuzz.attempt(parser, 0, b"sound")

@@ -1,0 +1,302 @@
+"""Bytes that nobody meant, thrown at every parser: `python tools/fuzz.py --seconds 60`.
+
+Each input is a sound file with some of its bytes changed, a pure function of (parser, number). A parser may return, or
+raise an error of this package; anything else (another exception, a crash of the process, more than ten
+seconds) is a finding: its number is printed, and `--replay PARSER NUMBER` makes it again (findings are kept in
+tests/data/fuzz_seeds.txt and tried first). Where a digest guards what lies behind it, half of the inputs carry a new
+digest, so that what lies behind is reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SEEDS = Path(__file__).resolve().parents[1] / "tests" / "data" / "fuzz_seeds.txt"
+BATCH = 500  # inputs of a process
+WORDS = [
+    b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"-Infinity", b"99999999999999999999999", b"0.5", b'""', b"[]",
+    b"{}", b'"\\ud800"', b"[" * 3000, b'{"a":' * 3000, b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n\n", b'"',
+    b",", b":", b"\xe2\x96\x81", b"9" * 5000, b"/../../x",
+]  # fmt: skip
+NUMBERS = [0, 1, 7, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1]
+
+
+class Parser(NamedTuple):
+    """A sound file, what reads it (the path of the file as mutated), and what mends the digest that guards it."""
+
+    name: str
+    sound: Path
+    read: Callable[[Path], object]
+    mend: Callable[[bytes], bytes] | None = None
+
+
+def mutated(parser: Parser, number: int, sound: bytes) -> bytes:
+    draw = random.Random(f"{parser.name} {number}")
+    data = bytearray(sound)
+    for _ in range(draw.choice((1, 1, 1, 2, 3, 6))):
+        place = draw.randrange(len(data) + 1)
+        length = draw.choice((1, 1, 2, 4, 8, draw.randrange(1, 200)))
+        match draw.randrange(9):
+            case 0 if place < len(data):
+                data[place] ^= 1 << draw.randrange(8)
+            case 1 if place < len(data):
+                data[place] = draw.randrange(256)
+            case 2:
+                del data[place : place + length]
+            case 3:
+                data[place:place] = draw.randbytes(length)
+            case 4:
+                data[place:place] = data[max(0, place - length) : place]
+            case 5:
+                data[place : place + draw.choice((0, length))] = draw.choice(WORDS)
+            case 6:
+                del data[place:]
+            case 7:
+                size = draw.choice((4, 8))
+                packed = struct.pack("<Q", draw.choice(NUMBERS))[:size]
+                place -= place % size
+                data[place : place + size] = packed
+            case 8:
+                data[place : place + length] = bytes(len(data[place : place + length]))
+    made = bytes(data)
+    return parser.mend(made) if parser.mend is not None and number % 2 else made
+
+
+def parsers(root: Path) -> list[Parser]:
+    """Sound files of every kind, made here, and who reads them."""
+    import numpy as np
+    import torch
+
+    from functional_lm import files, folder, keys, seal, tree
+    from functional_lm.interop import hugging_face, peft
+    from functional_lm.model import config as model_config
+    from functional_lm.model import lora, transformer
+    from functional_lm.text import conversations, corpus, dataset, readers, storage
+    from functional_lm.text import tokenizer as tokenizers
+    from functional_lm.training import checkpoint, record
+    from functional_lm.training.step import TrainState
+
+    text = [f"line {i}: {i * i % 97} foxes jump over {i % 13} lazy dogs.\n" for i in range(200)]
+    for kind in tokenizers.TRAINERS:
+        tokenizers.train(text, kind, 295).save(root / kind)
+    with dataset.writing(root / "data", 300, 0, "ab" * 32) as writer:
+        for length in (3, 9, 1, 20):
+            writer.append(np.arange(length))
+    config = model_config.ModelConfig(vocab_size=262, d_model=8, n_layers=1, n_heads=2, d_ff=8, max_len=8)
+    params = transformer.init(config, keys.key(0))
+    folder.save(root / "model", params, config, tokenizers.train((), "bytes"))
+    adapter = lora.init(params, ("q_proj",), 2, keys.key(1), 2.0)
+    peft.save(root / "adapter", adapter, peft.Settings(2, 2.0, ("q_proj",), 0.0, False, False, "x", ""), params)
+    values = files.read_json(root / "adapter" / peft.CONFIG)
+    patterns = {"rank_pattern": {"layers.0.*q_proj": 2}, "alpha_pattern": {"nothing": 3}}
+    (root / "adapter" / peft.CONFIG).write_text(json.dumps({**values, **patterns}))
+    state = TrainState(torch.tensor(3), torch.tensor(0), {"w": torch.ones(2)}, {}, {}, {}, torch.tensor([1, 2]), {})
+    saved = checkpoint.save(root / "run", state, None, tokenizers.train((), "bytes"), {"best": {"value": 1.5}})
+    theirs = model_config.ModelConfig(vocab_size=295, d_model=8, n_layers=1, n_heads=2, d_ff=8, max_len=8)
+    folder.save(root / "theirs", transformer.init(theirs, keys.key(0)), theirs, tokenizers.load(root / "bpe"))
+    (root / "theirs" / "tokenizer.model").unlink()  # their programs have the other form
+    values = files.read_json(root / "theirs" / "config.json")
+    (root / "theirs" / "config.json").write_text(json.dumps({k: v for k, v in values.items() if k != "functional_lm"}))
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "said"}]
+    rows = {
+        "text.jsonl": [{"text": line} for line in text[:5]],
+        "chats.jsonl": [{"messages": turns}, {"prompt": "a", "response": "b"}, {"conversation": turns}],
+        "sharegpt.jsonl": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
+        "pairs.jsonl": [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2,
+        "metrics.jsonl": [{"step": i, "loss": 1.5} for i in range(4)],
+    }
+    for name, lines in rows.items():
+        (root / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "chats.json").write_text(json.dumps(rows["chats.jsonl"]))
+    (root / "text.txt").write_text("".join(text[:5]))
+
+    def opened(path: Path) -> None:
+        storage.verify(storage.open_dataset(path))
+
+    def words(path: Path) -> None:
+        loaded = tokenizers.load(path.parent)
+        loaded.decode(loaded.encode("a fox \U0001f98a jumps"))
+
+    def texts(path: Path) -> None:
+        for _ in corpus.texts(str(path)):
+            pass
+
+    def tensors(path: Path) -> None:
+        with contextlib.suppress(files.DataError):
+            files.safetensors_header(path)
+        tree.load(path)
+
+    return [
+        Parser("index", root / "data.index", opened, mended_index),
+        Parser("tokens", root / "data.bin", opened),
+        Parser("safetensors", root / "model" / "model.safetensors", tensors),
+        Parser("model", root / "model" / "model.safetensors", lambda path: folder.load(path.parent)),
+        Parser("configuration", root / "model" / "config.json", lambda path: model_config.read(path)),
+        *(Parser(kind, next((root / kind).glob("tokenizer.[mbw]*")), words) for kind in tokenizers.TRAINERS),
+        Parser("text", root / "text.txt", texts),
+        Parser("jsonl", root / "text.jsonl", texts),
+        *(
+            Parser(name, root / name, lambda path: conversations.read(corpus.find(str(path))))
+            for name in ("chats.jsonl", "chats.json", "sharegpt.jsonl")
+        ),
+        Parser("pairs", root / "pairs.jsonl", lambda path: conversations.read_preferences(corpus.find(str(path)))),
+        Parser("rows", root / "chats.jsonl", lambda path: [*readers.rows(path)]),
+        Parser("checkpoint", saved / "training.json", lambda path: checkpoint.load(path.parent, state), mended_seal),
+        Parser("checkpoints", saved / "training.json", lambda path: checkpoint.newest(path.parents[1]), mended_seal),
+        Parser("seal", saved / "training.json", lambda path: seal.read(path.parent, path.name, 2), mended_seal),
+        Parser(
+            "adapter",
+            root / "adapter" / "adapter_config.json",
+            lambda path: peft.load_adapter(path.parent, params, True),
+        ),
+        Parser(
+            "adapter weights",
+            root / "adapter" / peft.WEIGHTS,
+            lambda path: peft.load_adapter(path.parent, params, True),
+        ),
+        Parser("theirs", root / "theirs" / "config.json", lambda path: hugging_face.examine(path.parent)),
+        Parser("tokenizer.json", root / "theirs" / "tokenizer.json", lambda path: hugging_face.examine(path.parent)),
+        Parser("metrics", root / "metrics.jsonl", lambda path: record.read(path)),
+    ]
+
+
+def mended_index(data: bytes) -> bytes:
+    """With digests of the tables and of the header as they are now."""
+    head, rest = data[:128], data[144:]
+    head = head[:96] + hashlib.blake2b(rest, digest_size=32).digest()
+    return head + hashlib.blake2b(head, digest_size=16).digest() + rest
+
+
+def mended_seal(data: bytes) -> bytes:
+    try:
+        notes = json.loads(data)
+        notes.pop("sha256", None)
+        return json.dumps(
+            {**notes, "sha256": hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()}
+        ).encode()
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return data
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+def attempt(parser: Parser, number: int, sound: bytes) -> str | None:
+    """What is wrong with how an input was taken; None if nothing is."""
+    from functional_lm.errors import FunctionalLMError
+
+    parser.sound.write_bytes(mutated(parser, number, sound))
+    signal.alarm(10)
+    try:
+        parser.read(parser.sound)
+    except FunctionalLMError:
+        return None
+    except BaseException:
+        return traceback.format_exc()
+    finally:
+        signal.alarm(0)
+    return None
+
+
+def batch(parser: Parser, first: int, sound: bytes, place: mmap.mmap) -> Iterator[tuple[int, str]]:
+    """Findings of BATCH inputs, made in a process that may die."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("ten seconds")))
+        with os.fdopen(writer, "w") as out, contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            for number in range(first, first + BATCH):
+                place[:8] = struct.pack("<Q", number)
+                if finding := attempt(parser, number, sound):
+                    out.write(json.dumps([number, finding]) + "\n")
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as found:
+        for line in found:
+            number, finding = json.loads(line)
+            yield number, finding
+    _, status = os.waitpid(child, 0)
+    if status:
+        yield struct.unpack("<Q", place[:8])[0], f"the process died ({status})"
+
+
+def kept() -> list[tuple[str, int]]:
+    """What was found before."""
+    lines = SEEDS.read_text().splitlines() if SEEDS.is_file() else []
+    pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    return [(name, int(number)) for name, number in pairs]
+
+
+def fuzz(
+    root: Path, seconds: float, begin: int = 0, inputs: int = 0
+) -> tuple[Counter[str], list[tuple[str, int, str]]]:
+    """Inputs by parser, and findings, until the time is up or there were so many inputs."""
+    made, counts, findings = parsers(root), Counter[str](), []
+    place = mmap.mmap(-1, 8)
+    contents = {parser.name: parser.sound.read_bytes() for parser in made}
+    until = time.monotonic() + seconds
+    for parser in made:
+        old = [attempt(parser, number, contents[parser.name]) for name, number in kept() if name == parser.name]
+        findings += [(parser.name, -1, finding) for finding in old if finding]
+        parser.sound.write_bytes(contents[parser.name])
+    first = begin
+    while time.monotonic() < until and (not inputs or sum(counts.values()) < inputs):
+        for parser in made:
+            for number, finding in batch(parser, first, contents[parser.name], place):
+                findings.append((parser.name, number, finding))
+            parser.sound.write_bytes(contents[parser.name])
+            counts[parser.name] += BATCH
+        first += BATCH
+    return counts, findings
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--seconds", type=float, default=60.0)
+    options.add_argument("--inputs", type=int, default=0, help="stop after so many")
+    options.add_argument("--begin", type=int, default=0, help="the first number")
+    options.add_argument("--replay", nargs=2, metavar=("PARSER", "NUMBER"))
+    given = options.parse_args()
+    memory = Path("/dev/shm")
+    root = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    started = time.monotonic()
+    try:
+        if given.replay:
+            parser = next(parser for parser in parsers(root) if parser.name == given.replay[0])
+            sound = parser.sound.read_bytes()
+            print(mutated(parser, int(given.replay[1]), sound))
+            print(attempt(parser, int(given.replay[1]), sound))
+            return 0
+        counts, findings = fuzz(root, given.seconds, given.begin, given.inputs)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    kinds: dict[tuple[str, str], int] = {}
+    for name, number, finding in findings:
+        key = name, finding.strip().splitlines()[-1]
+        if key not in kinds:
+            print(f"{name} {number}: {finding.strip()}\n", file=sys.stderr)
+        kinds[key] = kinds.get(key, 0) + 1
+    seconds = time.monotonic() - started
+    print(f"{sum(counts.values()):,} inputs, {len(counts)} parsers, {len(findings)} findings in {seconds:.0f} s")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
