@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/study-evolution")
     parser.add_argument("--examples", type=int, default=400, help="problems with answers, for supervision")
     parser.add_argument("--pretraining", type=int, default=300, help="steps of 64 rows on those")
-    parser.add_argument("--sft", type=int, default=600, help="steps of 64 rows on those")
+    parser.add_argument("--sft", type=int, default=200, help="steps of 64 rows on those")
     parser.add_argument("--budget", type=float, default=20e6, help="tokens that each way has")
     parser.add_argument("--members", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=64, help="problems of a generation")
