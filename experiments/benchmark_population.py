@@ -3,7 +3,7 @@
     python experiments/benchmark_population.py [--shapes facts,base] [--cases 16x4x64,64x1x64] [--ranks 1,4]
 
 For each P x B x T and rank: tokens/s of one vmapped call over P members with noise of that rank on every matrix of
-every layer, on embedding, output and norms, stored (an adapter for each member) and regenerated (drawn from keys inside the
+every layer, on embedding, output and norms, stored (an adapter for each member) and regenerated (drawn inside the
 forward), divided by those of one forward of P B rows without noise; and the loop over members. All read the same
 rows and give the loss of each member (the plain forward that of each group of B rows). `--memory` runs 1,024 rank-1
 members and the plain forward each in a process of its own, and compares their peaks.

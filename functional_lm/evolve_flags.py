@@ -10,7 +10,7 @@ from functional_lm.prepare import SOURCES
 from functional_lm.training_flags import DEVICES, OPTIMIZERS
 
 # Names of what `evolution/` has; a test holds them equal.
-STRATEGIES = ("genetic", "openai-es", "eggroll")
+STRATEGIES = ("genetic", "openai-es", "eggroll", "snes", "xnes", "cma-es", "sep-cma-es")
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
 ANTITHETIC = ("openai-es", "eggroll")
 SPACES = ("full", "lora")

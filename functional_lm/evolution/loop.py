@@ -67,7 +67,8 @@ def told(strategy: Strategy, state: Any, entry: Mapping[str, Any]) -> Any:
     fitness = journals.fitness_of(entry)
     if len(fitness) != strategy.population:
         raise DataError(f"generation {entry['generation']} of the journal has {len(fitness)} members")
-    return strategy.tell(state, torch.tensor(fitness, device=key.device))
+    # A product of transposed tensors rounds otherwise than that of the ones that a checkpoint brings back.
+    return tree.map(lambda leaf: leaf.contiguous(), strategy.tell(state, torch.tensor(fitness, device=key.device)))
 
 
 def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hooks, out: Path) -> Outcome:
