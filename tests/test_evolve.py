@@ -72,7 +72,7 @@ KINDS = {
     "model by eggroll": ["--space", "full"],
     "model by es, noise regenerated": ["--space", "full", "--strategy", "openai-es", "--noise", "regenerated"],
     "part by genetics": ["--space", "full", "--leaves", "*mlp*", "--strategy", "genetic"],
-    "norms by cma-es": ["--space", "full", "--leaves", "*norm*", "--strategy", "cma-es", "--population", "6"],
+    "norms by cma-es": ["--space", "full", "--leaves", "*norm*", "--strategy", "cma-es"],
     "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
 }
 
