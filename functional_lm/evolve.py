@@ -230,7 +230,7 @@ def _own_numbers(options: EvolveFlags, start: Tree) -> int:
 def _strategy(options: EvolveFlags, start: Tree) -> Strategy:
     """What the flags name, for a tree. Whether its parts are compiled depends on these two alone, as replay asks."""
     from functional_lm.compile import compiled
-    from functional_lm.evolution import cma, eggroll, genetic, gradient, natural, openai
+    from functional_lm.evolution import cma, eggroll, genetic, gradient, mezo, natural, openai
     from functional_lm.training import optimizer
 
     drawn = _own_numbers(options, start) * options.population
@@ -251,6 +251,8 @@ def _strategy(options: EvolveFlags, start: Tree) -> Strategy:
         return genetic.genetic(settings, wrap)
     if options.strategy in vectors:
         return vectors[options.strategy](options.population, options.sigma)
+    if options.strategy == "mezo":
+        return mezo.mezo(options.population, {name: values[name] for name in gradient.NUMBERS}, wrap)
     how = gradient.Settings(options.population, options.antithetic, options.shaping, options.noise)
     numbers = {name: values[name] for name in gradient.NUMBERS}
     chosen = optimizer.optimizer(options.optimizer)
