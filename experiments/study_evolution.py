@@ -204,38 +204,38 @@ def main() -> None:
     parser.add_argument("--out", default="runs/study-evolution")
     parser.add_argument("--examples", type=int, default=400, help="problems with answers, for supervision")
     parser.add_argument("--pretraining", type=int, default=300, help="steps of 64 rows on those")
-    parser.add_argument("--sft", type=int, default=600, help="steps of 64 rows on those")
-    parser.add_argument("--budget", type=float, default=20e6, help="tokens that each way has")
-    parser.add_argument("--members", type=int, default=128)
+    parser.add_argument("--sft", type=int, default=200, help="steps of 64 rows on those")
+    parser.add_argument("--budget", type=float, default=10e6, help="tokens that each way has")
+    parser.add_argument("--members", type=int, default=256)
     parser.add_argument("--prompts", type=int, default=64, help="problems of a generation")
-    parser.add_argument("--rank", type=int, default=2)
-    parser.add_argument("--sigma", type=float, default=0.03)
-    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--sigma", type=float, default=0.08)
+    parser.add_argument("--rate", type=float, default=0.008, help="of the optimizer behind the estimate")
+    parser.add_argument("--policy_rate", type=float, default=3e-4, help="of REINFORCE's")
     given = parser.parse_args()
     started = time.perf_counter()
     order = keys.permutation(keys.key(0), 10000)
     held_out, few, rest = problems(order[:1000]), order[1000 : 1000 + given.examples], order[1000:]
     exact = measurement(held_out)
 
-    def rows(pool: Tensor, seed: int) -> Callable[[int], dict[str, Tensor]]:
-        return lambda number: supervised(pick(pool, 64, keys.fold_in(keys.key(seed), number)))
+    def rows(pool: Tensor, seed: int, count: int = 64) -> Callable[[int], dict[str, Tensor]]:
+        return lambda number: supervised(pick(pool, count, keys.fold_in(keys.key(seed), number)))
 
     print("pretraining", flush=True)
     fresh = transformer.init(CONFIG, keys.key(0))
     base, _ = train("pretraining", fresh, rows(rest, 4), 3e-3, given.pretraining, 100, exact)
     print(f"supervised fine-tuning on {given.examples} problems", flush=True)
     tuned, before = train("supervised", base, rows(few, 5), 1e-3, given.sft, 100, exact)
-    budget, width = int(given.budget), PROMPT + ANSWER - 1
-    steps = budget // (64 * width)
     print("three ways from there", flush=True)
-    _, more = train("more supervision", tuned, rows(few, 6), 3e-4, steps, max(1, steps // 20), exact)
-    each = 64 * 8 * width
-    policy = reinforce(tuned, rest, 3e-4, budget, 64, 8, max(1, budget // each // 20), exact)
-    each = given.members * given.prompts * width
+    budget, width = int(given.budget), PROMPT + ANSWER - 1
+    often = max(1, budget // (given.members * given.prompts * width) // 20)
     evolved, winner = evolve(
-        tuned, rest, budget, given.members, given.prompts, given.rank, given.sigma, given.rate,
-        max(1, budget // each // 20), exact,
-    )  # fmt: skip
+        tuned, rest, budget, given.members, given.prompts, given.rank, given.sigma, given.rate, often, exact
+    )
+    often = max(1, budget // (64 * 8 * width) // 20)
+    policy = reinforce(tuned, rest, given.policy_rate, budget, 64, 8, often, exact)
+    steps = budget // (64 * 8 * width)
+    _, more = train("more supervision", tuned, rows(few, 6, 64 * 8), 3e-4, steps, often, exact)
     report(Path(given.out), before, [more, policy, evolved])
     tree.save(winner, Path(given.out) / "adapter.safetensors")
     print(f"{time.perf_counter() - started:.0f} s in all")

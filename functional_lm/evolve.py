@@ -230,7 +230,7 @@ def _own_numbers(options: EvolveFlags, start: Tree) -> int:
 def _strategy(options: EvolveFlags, start: Tree) -> Strategy:
     """What the flags name, for a tree. Whether its parts are compiled depends on these two alone, as replay asks."""
     from functional_lm.compile import compiled
-    from functional_lm.evolution import eggroll, genetic, gradient, openai
+    from functional_lm.evolution import cma, eggroll, genetic, gradient, mezo, natural, openai
     from functional_lm.training import optimizer
 
     drawn = _own_numbers(options, start) * options.population
@@ -239,10 +239,20 @@ def _strategy(options: EvolveFlags, start: Tree) -> Strategy:
         return compiled(function, enabled=options.compile and drawn > COMPILED)
 
     values = dataclasses.asdict(options)
+    vectors = {
+        "snes": natural.snes,
+        "xnes": natural.xnes,
+        "cma-es": cma.cma_es,
+        "sep-cma-es": cma.sep_cma_es,
+    }
     if options.strategy == "genetic":
         names = {field.name for field in dataclasses.fields(genetic.Settings)}
         settings = genetic.Settings(**{name: value for name, value in values.items() if name in names})
         return genetic.genetic(settings, wrap)
+    if options.strategy in vectors:
+        return vectors[options.strategy](options.population, options.sigma)
+    if options.strategy == "mezo":
+        return mezo.mezo(options.population, {name: values[name] for name in gradient.NUMBERS}, wrap)
     how = gradient.Settings(options.population, options.antithetic, options.shaping, options.noise)
     numbers = {name: values[name] for name in gradient.NUMBERS}
     chosen = optimizer.optimizer(options.optimizer)
@@ -430,7 +440,7 @@ def _finish(
     state = outcome.state
     trees = {"start": evolution.space.start, "centre": state.centre, "best": state.best}
     held = {name: task.held_out(leaves) for name, leaves in trees.items()}
-    usual = "best" if options.strategy not in evolve_flags.ESTIMATING else "centre"
+    usual = _usual(options)
     other = "centre" if usual == "best" else "best"
     kept = other if held[other] > held[usual] else usual
     evolution.model.tokenizer.save(out)
@@ -468,6 +478,11 @@ def _finish(
         f"{console.duration(time.perf_counter() - started)} in all"
     )
     console.say(f"the {evolution.what} is in {out}; go on with: {use}")
+
+
+def _usual(options: EvolveFlags) -> str:
+    """What is kept where nothing tells which is better: a distribution's mean, but of single members the best."""
+    return "best" if options.strategy == "genetic" else "centre"
 
 
 def _card(options: EvolveFlags, summary: Mapping[str, Any], out: Path, use: str) -> str:
@@ -511,7 +526,7 @@ def _replay(options: EvolveFlags) -> int:
     for entry in journal.generations:
         state = loop.told(evolution.strategy, state, entry)
     end = journal.end if journal.end and journal.end["generation"] == len(journal.generations) else None
-    kept = end["kept"] if end else ("centre" if began.strategy in evolve_flags.ESTIMATING else "best")
+    kept = end["kept"] if end else _usual(began)
     leaves = state.centre if kept == "centre" else state.best
     same = end is not None and tree.digest(leaves) == end["digest"]
     with files.writing_folder(out) as temporary:

@@ -10,7 +10,7 @@ from functional_lm.prepare import SOURCES
 from functional_lm.training_flags import DEVICES, OPTIMIZERS
 
 # Names of what `evolution/` has; a test holds them equal.
-STRATEGIES = ("genetic", "openai-es", "eggroll")
+STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es")
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
 ANTITHETIC = ("openai-es", "eggroll")
 SPACES = ("full", "lora")
@@ -115,7 +115,7 @@ def check(flags: EvolveFlags) -> None:
     for name in ("model", "data"):
         if getattr(flags, name) is None:
             raise UsageError(f"--{name} is required")
-    paired = flags.strategy in ANTITHETIC and flags.antithetic
+    paired = flags.strategy == "mezo" or (flags.strategy in ANTITHETIC and flags.antithetic)
     if flags.population < 2 or (paired and flags.population % 2):
         what = "odd; antithetic pairs need an even one, or --antithetic false" if flags.population > 1 else "too small"
         raise UsageError(f"--population {flags.population} is {what}")

@@ -72,6 +72,8 @@ KINDS = {
     "model by eggroll": ["--space", "full"],
     "model by es, noise regenerated": ["--space", "full", "--strategy", "openai-es", "--noise", "regenerated"],
     "part by genetics": ["--space", "full", "--leaves", "*mlp*", "--strategy", "genetic"],
+    "model by mezo": ["--space", "full", "--strategy", "mezo"],
+    "norms by cma-es": ["--space", "full", "--leaves", "*norm*", "--strategy", "cma-es"],
     "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
 }
 
@@ -143,7 +145,7 @@ REFUSED = {
     "odd": (["--population", "5"], "--population 5 is odd; antithetic pairs need an even one"),
     "nobody": (["--population", "0"], "--population is 0; it has to be at least 1"),
     "alone": (["--population", "1"], "--population 1 is too small"),
-    "strategy": (["--strategy", "magic"], "--strategy is 'magic'; it can be genetic, openai-es, eggroll"),
+    "strategy": (["--strategy", "magic"], "--strategy is 'magic'; it can be genetic, openai-es, eggroll, mezo"),
     "fitness": (["--fitness", "beauty"], "--fitness is 'beauty'; it is loss, bits, accuracy, exact or module:function"),
     "function": (["--fitness", "scores:none", "--max_tokens", "4"], "the fitness 'scores:none' cannot be imported"),
     "raises": (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from functional_lm import evolve_flags, keys, tree
 from functional_lm.errors import UsageError
-from functional_lm.evolution import eggroll, genetic, gradient, openai, shaping
+from functional_lm.evolution import eggroll, genetic, gradient, mezo, openai, shaping
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.strategy import Strategy
 from functional_lm.training.optimizer import OPTIMIZERS, optimizer
@@ -221,6 +221,18 @@ def test_the_update_is_the_sum_of_the_formed_noise() -> None:
     for name, leaf in tree.flatten(tree.unflatten(tree.flatten(found))).items():
         wanted = sum(weights[i] * tree.flatten(members[i])[name] for i in range(7))
         torch.testing.assert_close(leaf, wanted)
+
+
+def test_mezo_steps_along_the_draw_by_the_difference() -> None:
+    """(f₊ - f₋) / 2σ ε, averaged over the pairs; a pair of which one is not finite adds nothing."""
+    strategy = mezo.mezo(4, {"sigma": 0.1, "learning_rate": 0.5})
+    state = strategy.init(keys.key(0), START)
+    candidates = strategy.ask(state)
+    told = strategy.tell(state, torch.tensor([3.0, 1.0, math.nan, 7.0]))
+    up, down = strategy.dense(candidates, 0), strategy.dense(candidates, 1)
+    for centre, plus, minus, start in zip(*map(tree.leaves, (told.centre, up, down, START)), strict=True):
+        noise = (plus - minus) / 0.2
+        torch.testing.assert_close(centre, start + 0.5 * (3 - 1) / 0.2 * noise / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_a_blockwise_sum_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

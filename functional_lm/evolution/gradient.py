@@ -27,6 +27,7 @@ from functional_lm.evolution.strategy import Candidates, Strategy
 from functional_lm.training.transformation import Optimizer
 from functional_lm.tree import Tree
 
+DIFFERENCE = "difference"  # a shaping of pairs: the fitness itself
 NOISES = ("stored", "regenerated")
 NUMBERS = {
     "sigma": 0.02,
@@ -77,6 +78,14 @@ class Search(NamedTuple):
     numbers: dict[str, Tensor]
 
 
+def difference(fitness: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+    """Half the difference of each pair, with either sign; 0 where one of the two is not finite."""
+    first, second = fitness.view(-1, 2).unbind(-1)
+    half = (first - second) / 2
+    half = torch.where(torch.isfinite(half), half, 0.0)
+    return torch.stack([half, -half], -1).flatten()
+
+
 def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
@@ -94,7 +103,7 @@ def estimating(
     Raises UsageError for settings that contradict each other.
     """
     common.check_population(settings.population, antithetic=settings.antithetic)
-    weigh = shaping(settings.shaping)
+    weigh = difference if settings.shaping == DIFFERENCE and settings.antithetic else shaping(settings.shaping)
     if settings.noise not in NOISES:
         raise UsageError(f"noise is {settings.noise!r}; it can be {', '.join(NOISES)}")
     count, pairs = settings.population, settings.population // (2 if settings.antithetic else 1)

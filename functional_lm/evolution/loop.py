@@ -67,7 +67,8 @@ def told(strategy: Strategy, state: Any, entry: Mapping[str, Any]) -> Any:
     fitness = journals.fitness_of(entry)
     if len(fitness) != strategy.population:
         raise DataError(f"generation {entry['generation']} of the journal has {len(fitness)} members")
-    return strategy.tell(state, torch.tensor(fitness, device=key.device))
+    # A product of transposed tensors rounds otherwise than that of the ones that a checkpoint brings back.
+    return tree.map(lambda leaf: leaf.contiguous(), strategy.tell(state, torch.tensor(fitness, device=key.device)))
 
 
 def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hooks, out: Path) -> Outcome:
@@ -181,9 +182,9 @@ def resumed(strategy: Strategy, state: Any, journal: Journal, out: Path) -> Any:
                 f"{journal.path} ends with generation {len(journal.generations)} and {found[-1]} stands at {number}; "
                 f"remove {found[-1]} to go on from the journal"
             )
-        state = tree.restore(
-            state, tree.flatten(tree.load(found[-1] / "state.safetensors", state.key.device)), str(found[-1])
-        )
+        flat = tree.flatten(tree.load(found[-1] / "state.safetensors", state.key.device))
+        # Copies, because products round by how their operands are aligned, and a file's tensors lie anywhere.
+        state = tree.copy(tree.restore(state, flat, str(found[-1])))
     for entry in journal.generations[int(state.generation) :]:
         state = told(strategy, state, entry)
     return state

@@ -57,6 +57,15 @@ def preparation(strategy: Strategy, space: Space, dtype: torch.dtype) -> Callabl
     return prepare
 
 
+def member_of(strategy: Strategy, space: Space, objective: Objective, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """`(frozen, shared, own, batch) -> fitness` [] of one member: what is mapped over."""
+
+    def one(frozen: Tree, shared: Tree, own: Tree, batch: Batch) -> Tensor:
+        return objective(space.model(frozen, strategy.member(shared, own), dtype), batch).float()
+
+    return one
+
+
 def evaluator(
     strategy: Strategy,
     space: Space,
@@ -66,11 +75,7 @@ def evaluator(
     wrap: Wrap = unwrapped,
 ) -> Evaluate:
     """`(candidates, batch) -> fitness` [P] float32 through vmapped, wrapped (compiled) calls of `chunk` members."""
-    prepare = preparation(strategy, space, dtype)
-
-    def one(frozen: Tree, shared: Tree, own: Tree, batch: Batch) -> Tensor:
-        return objective(space.model(frozen, strategy.member(shared, own), dtype), batch).float()
-
+    prepare, one = preparation(strategy, space, dtype), member_of(strategy, space, objective, dtype)
     together = wrap(torch.vmap(one, in_dims=(None, None, 0, None)))
     size = strategy.population if chunk is None else min(chunk, strategy.population)
 

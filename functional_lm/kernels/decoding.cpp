@@ -23,8 +23,8 @@
 namespace {
 
 constexpr int64_t WIDE = 16;
+constexpr int BLOCK = 4;
 typedef float Floats __attribute__((vector_size(64)));
-typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
@@ -67,18 +67,33 @@ inline Floats load(const int8_t* p) {
 
 #endif
 
-// The sum of both halves, as long as there are two.
-template <typename V, typename H>
-inline H folded(const V& v) {
-  H half[2];
-  std::memcpy(half, &v, sizeof half);
-  return half[0] + half[1];
+// Sums of four vectors at once, each in the same order: neighbours, neighbours of these, quarters.
+#ifdef __AVX512F__
+
+inline Four totals(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
+  const __m512 ab = _mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b);
+  const __m512 cd = _mm512_unpacklo_ps((__m512)c, (__m512)d) + _mm512_unpackhi_ps((__m512)c, (__m512)d);
+  const __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+  const __m512 all = (__m512)low + (__m512)high;
+  const __m256 half = _mm512_castps512_ps256(all) + (__m256)_mm512_extractf64x4_pd((__m512d)all, 1);
+  return (Four)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 }
 
-inline float total(const Floats& v) {
-  const auto four = folded<Eight, Four>(folded<Floats, Eight>(v));
-  return (four[0] + four[2]) + (four[1] + four[3]);
+#else
+
+inline float quarters(const Floats& v) {
+  float part[4];
+  for (int i = 0; i < 4; ++i) part[i] = (v[4 * i] + v[4 * i + 2]) + (v[4 * i + 1] + v[4 * i + 3]);
+  return (part[0] + part[2]) + (part[1] + part[3]);
 }
+
+inline Four totals(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
+  return Four{quarters(a), quarters(b), quarters(c), quarters(d)};
+}
+
+#endif
+
+inline float total(const Floats& v) { return totals(v, Floats{}, Floats{}, Floats{})[0]; }
 
 // One step along the inputs: how many numbers, what is loaded, and what is added to 16 lanes of sums. Where the processor
 // adds up pairs of bfloat16 products (rows in bfloat16, and whole numbers up to 127, which are exact in it) a step is 32.
@@ -117,7 +132,7 @@ struct Step<int8_t, c10::BFloat16> : Pairs<int8_t> {};
 
 #endif
 
-// R rows of the matrix times M rows of x, each a sum over the inputs in 16 lanes.
+// R rows of the matrix times M rows of x. A sum is a chain of 16 lanes, in the same order whatever R and M are.
 template <int R, int M, typename P, typename W>
 inline void tile(const W* w, const typename P::Row* x, int64_t inputs, float (&sums)[R][M]) {
   Floats lanes[R][M];
@@ -131,13 +146,23 @@ inline void tile(const W* w, const typename P::Row* x, int64_t inputs, float (&s
     for (int m = 0; m < M; ++m) in[m] = P::in(x + m * inputs + k);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(w + (R + r) * inputs + k);  // of the next tile: several rows at once hide it from the hardware
       const typename P::In row = P::weight(w + r * inputs + k);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) lanes[r][m] = P::add(lanes[r][m], row, in[m]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) sums[r][m] = total(lanes[r][m]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m += 4) {
+      Floats four[4] = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4 && m + i < M; ++i) four[i] = lanes[r][m + i];
+      const Four sum = totals(four[0], four[1], four[2], four[3]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4 && m + i < M; ++i) sums[r][m + i] = sum[i];
+    }
 }
 
 template <int R, int M, typename W, typename X, typename S>
@@ -168,20 +193,13 @@ void multiply(
   std::vector<Row> wide(std::is_same_v<Row, X> ? 0 : rows * inputs);
   for (size_t i = 0; i < wide.size(); ++i) wide[i] = static_cast<Row>(x[i]);
   const Row* in = wide.empty() ? reinterpret_cast<const Row*>(x) : wide.data();
-  constexpr int R = 4;
-  const int64_t tiles = (outputs + 2 * R - 1) / (2 * R);
-  at::parallel_for(0, tiles, std::max<int64_t>(1, 16384 / (rows * inputs + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      int64_t n = t * 2 * R;
-      const int64_t last = std::min(outputs, n + 2 * R);
-      if (rows <= 2 && n + 2 * R <= last) {  // more of the matrix at a time keeps the memory busy
-        rows == 1 ? put<2 * R, 1>(w, scales, in, y, n, 0, inputs, outputs)
-                  : put<2 * R, 2>(w, scales, in, y, n, 0, inputs, outputs);
-        continue;
-      }
-      for (; n + R <= last; n += R) all<R>(w, scales, in, y, n, rows, inputs, outputs);
-      for (; n < last; ++n) all<1>(w, scales, in, y, n, rows, inputs, outputs);
-    }
+  const int64_t grain = std::max<int64_t>(2, 131072 / (rows * inputs + 1));
+  at::parallel_for(0, outputs, grain, [&](int64_t n, int64_t end) {
+    // Where little is computed with a number the matrix is best read from its beginning to its end; else several of its
+    // rows at a time save loads, and hide how long a sum of int8 takes.
+    if (rows > 4 || sizeof(W) == 1)
+      for (; n + BLOCK <= end; n += BLOCK) all<BLOCK>(w, scales, in, y, n, rows, inputs, outputs);
+    for (; n < end; ++n) all<1>(w, scales, in, y, n, rows, inputs, outputs);
   });
 }
 

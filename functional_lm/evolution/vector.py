@@ -1,0 +1,116 @@
+"""Strategies over one ravelled vector: what they share, so that each is a draw and an update.
+
+    search.init(mean [D], sigma) -> distribution
+    search.points(distribution, z [P, D]) -> x [P, D]            z standard normal
+    search.update(distribution, z, x, ranked) -> distribution    `ranked` [P]: the members from the best to the worst
+
+Member i's z is drawn from the generation's key folded with i, again in `tell`.
+
+Axes: P members, D numbers of the tree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from functional_lm import keys, tree
+from functional_lm.errors import UsageError
+from functional_lm.evolution import strategy as common
+from functional_lm.evolution.shaping import usable
+from functional_lm.evolution.strategy import Candidates, Strategy
+from functional_lm.tree import Tree
+
+FULL_LIMIT = 2000  # numbers beyond which a full covariance (D² of them, and D³ work) is refused
+
+
+class Search(NamedTuple):
+    """The functions of one strategy over vectors."""
+
+    init: Callable[[Float[Tensor, "D"]], Any]
+    points: Callable[[Any, Float[Tensor, "P D"]], Float[Tensor, "P D"]]
+    update: Callable[[Any, Float[Tensor, "P D"], Float[Tensor, "P D"], Int[Tensor, "P"]], Any]
+    mean: Callable[[Any], Float[Tensor, "D"]]
+
+
+class State(NamedTuple):
+    """A strategy's state; `distribution` is its own."""
+
+    key: Tensor
+    generation: Tensor
+    centre: Tree
+    best: Tree
+    best_fitness: Tensor
+    distribution: Any
+
+
+def ravel(node: Tree, dtype: torch.dtype) -> Float[Tensor, "D"]:
+    """All leaves end to end, in the tree's order."""
+    return torch.cat([leaf.to(dtype).flatten() for leaf in tree.leaves(node)])
+
+
+def unravel(vectors: Float[Tensor, "*P D"], like: Tree) -> Tree:
+    """The trees of vectors, in the shapes and dtypes of `like`."""
+    leaves = tree.leaves(like)
+    parts = iter(vectors.split([leaf.numel() for leaf in leaves], dim=-1))
+    return tree.map(lambda leaf: next(parts).reshape(*vectors.shape[:-1], *leaf.shape).to(leaf.dtype), like)
+
+
+def over_vectors(
+    name: str,
+    population: int,
+    search: Callable[[int, torch.dtype], Search],
+    dtype: torch.dtype = torch.float32,
+    limit: int | None = None,
+) -> Strategy:
+    """The strategy that `search(D, dtype)` makes for a tree of D numbers. `limit` is the largest D."""
+    common.check_population(population)
+
+    def made(like: Tree) -> Search:
+        return search(tree.size(like), dtype)
+
+    def init(key: Tensor, start: Tree) -> State:
+        common.check_tree(start)
+        size = tree.size(start)
+        if limit is not None and size > limit:
+            raise UsageError(
+                f"{name} keeps a full covariance, and {size} numbers are more than {limit}; "
+                "evolve fewer, or use snes or sep-cma-es"
+            )
+        zero = torch.zeros((), dtype=torch.int64, device=key.device)
+        distribution = made(start).init(ravel(start, dtype))
+        return State(key, zero, start, start, common.worst(key).to(dtype), distribution)
+
+    def draws(state: State) -> Float[Tensor, "P D"]:
+        own = common.member_keys(common.generation_key(state), population)
+        size = tree.size(state.centre)
+        return torch.vmap(lambda key: keys.normal(key, (size,), dtype))(own)
+
+    def ask(state: State) -> Candidates:
+        points = made(state.centre).points(state.distribution, draws(state))
+        return Candidates({}, {}, unravel(points, state.centre))
+
+    def tell(state: State, fitness: Float[Tensor, "P"]) -> State:
+        own, z = made(state.centre), draws(state)
+        x = own.points(state.distribution, z)
+        best, best_fitness = common.improved(state, fitness, lambda i: unravel(x[i], state.centre))
+        known, finite = usable(fitness)
+        # Where nothing is known there is nothing to follow.
+        ranked = known.argsort(descending=True, stable=True)
+        told = own.update(state.distribution, z, x, ranked)
+        some = finite.any()
+        distribution = tree.map(lambda new, old: torch.where(some, new, old), told, state.distribution)
+        centre = unravel(own.mean(distribution), state.centre)
+        return State(state.key, state.generation + 1, centre, best, best_fitness, distribution)
+
+    return Strategy(name, population, init, ask, tell, common.as_it_stands, common.plain)
+
+
+def usual_population(size: int) -> int:
+    """4 + ⌊3 ln D⌋ (arXiv 1604.00772, equation 48)."""
+    return 4 + math.floor(3 * math.log(size))
