@@ -201,12 +201,10 @@ def main() -> None:
     import torch
 
     stream = bandwidth()
-    print(
-        f"{threads_here()} threads, torch {torch.__version__}, {platform.machine()}; a sum reads {stream / 1e9:.0f} GB/s"
-    )
-    print(
-        "| shape | weights | slots | tokens/s | llama.cpp | ratio | GB/s of weights (share) |\n|---|---|---|---|---|---|---|"
-    )
+    machine = f"{threads_here()} threads, torch {torch.__version__}, {platform.machine()}"
+    print(f"{machine}; a sum reads {stream / 1e9:.0f} GB/s")
+    print("| shape | weights | slots | tokens/s | llama.cpp | ratio | GB/s of weights (share) |")
+    print("|---|---|---|---|---|---|---|")
     for shape in flags.shapes.split(","):
         with tempfile.TemporaryDirectory() as folder:
             write(shape, Path(folder))
