@@ -47,19 +47,19 @@ def stored(
     variants: dict[Any, list[Any]] = {}
     plain = not enabled()
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **named: Any) -> Any:
         nonlocal plain
         if not plain:
-            made = variants.setdefault((torch.is_grad_enabled(), structure(args)), [])
+            made = variants.setdefault((torch.is_grad_enabled(), structure((args, named))), [])
             for variant in made:
-                if variant.guard_check(*args):
-                    return variant.fn(*args)
-            variant = _variant(portable, function, args)
+                if variant.guard_check(*args, **named):
+                    return variant.fn(*args, **named)
+            variant = _variant(portable, function, args, named)
             if variant is not None:
                 made.append(variant)
-                return variant.fn(*args)
+                return variant.fn(*args, **named)
             plain = True
-        return compiled(*args)
+        return compiled(*args, **named)
 
     return call
 
@@ -92,20 +92,22 @@ def loaded() -> int:
 _LOADED = [0]
 
 
-def _variant(portable: Callable[..., Any], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _variant(
+    portable: Callable[..., Any], function: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]
+) -> Any:
     """The compiled form for these arguments, of the store or new; None if it cannot be had this way."""
     try:
-        path = folder() / f"{name(function, args)}.bin"
+        path = folder() / f"{name(function, (args, named))}.bin"
     except NoDigestError:
         return None
     if path.is_file():
         with contextlib.suppress(Exception):  # damaged, or of a torch that reads it differently: it is made anew
             variant: Any = _read(path)
-            if variant.guard_check(*args):
+            if variant.guard_check(*args, **named):
                 _LOADED[0] += 1
                 return variant
     try:
-        variant = portable.aot_compile((args, {}))  # type: ignore[attr-defined]
+        variant = portable.aot_compile((args, named))  # type: ignore[attr-defined]
         data = type(variant).serialize(variant).serialized_data
     except Exception:  # what cannot be written down is compiled in the ordinary way, which reports what is wrong
         return None

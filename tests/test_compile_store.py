@@ -66,6 +66,7 @@ def test_another_shape_type_or_structure_is_another_variant(store):
     assert len(list(store.iterdir())) == 4
     assert call({"a": torch.ones(3)}, 3.0)[0]["a"].tolist() == [3.0] * 3  # a constant is compiled in
     assert call({"a": torch.ones(3)}, 4.0)[0]["a"].tolist() == [4.0] * 3
+    assert call(state={"a": torch.ones(3)}, factor=two)[0]["a"].tolist() == [2.0] * 3
     extra = {"a": torch.ones(3), "b": torch.zeros(1)}
     assert set(call(extra, two)[0]) == {"a", "b"}
 
