@@ -6,8 +6,9 @@ is added here is the name it is found by. A pure function *is* its code and what
 
     name = digest(this package's source, torch, the processor, the function's closure, the arguments' structure)
 
-says all that a compiled form depends on. A function that closes over a tensor, or over anything that has no such
-digest, is compiled in the ordinary way. The files lie in Inductor's cache folder and are trusted as far as it is.
+says all that a compiled form depends on (module constants of the package are taken for what its source says). A
+function that closes over a tensor, or over anything that has no such digest, is compiled in the ordinary way. The files
+lie in Inductor's cache folder and are trusted as far as it is.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from torch.utils import _pytree as pytree
 
 from functional_lm import files
 
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
 
 class NoDigestError(Exception):
     """A value that a compiled function may depend on and that has no digest."""
@@ -50,7 +53,7 @@ def stored(
     def call(*args: Any, **named: Any) -> Any:
         nonlocal plain
         if not plain:
-            made = variants.setdefault((torch.is_grad_enabled(), structure((args, named))), [])
+            made = variants.setdefault((modes(), structure((args, named))), [])
             for variant in made:
                 if variant.guard_check(*args, **named):
                     return variant.fn(*args, **named)
@@ -62,6 +65,19 @@ def stored(
         return compiled(*args, **named)
 
     return call
+
+
+def modes() -> tuple[Any, ...]:
+    """What of torch's global state a traced function depends on."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
 
 
 def structure(value: Any) -> Any:
@@ -85,11 +101,8 @@ def enabled() -> bool:
 
 
 def loaded() -> int:
-    """How many functions this process has read from the store."""
-    return _LOADED[0]
-
-
-_LOADED = [0]
+    """How many functions this process has read from the store; kept where Dynamo counts its graphs."""
+    return int(torch._dynamo.utils.counters["functional_lm"]["loaded"])
 
 
 def _variant(
@@ -104,7 +117,7 @@ def _variant(
         with contextlib.suppress(Exception):  # damaged, or of a torch that reads it differently: it is made anew
             variant: Any = _read(path)
             if variant.guard_check(*args, **named):
-                _LOADED[0] += 1
+                torch._dynamo.utils.counters["functional_lm"]["loaded"] += 1
                 return variant
     try:
         variant = portable.aot_compile((args, named))  # type: ignore[attr-defined]
@@ -147,9 +160,7 @@ def of_tensors(guards: Any) -> list[bool]:
 def name(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
     """A digest of everything that the compiled form depends on. Raises NoDigestError."""
     leaves, structure = pytree.tree_flatten(args)
-    return digest(
-        (surroundings(), torch.is_grad_enabled(), function, str(structure), [_shape(leaf) for leaf in leaves])
-    )
+    return digest((surroundings(), modes(), function, str(structure), [_shape(leaf) for leaf in leaves]))
 
 
 def _shape(leaf: Any) -> Any:
@@ -172,7 +183,7 @@ def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[str]:
     """Strings that together say what `value` is; `seen` numbers compound values (and keeps them: ids are reused)."""
     kind = type(value)
     yield f"{kind.__module__}.{kind.__qualname__}"
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
+    if value is None or value is ... or isinstance(value, PLAIN):
         yield repr(value)
     elif isinstance(value, types.ModuleType):
         yield value.__name__
@@ -196,8 +207,9 @@ def _inside(value: Any) -> list[Any]:
         if not value.__module__.startswith("functional_lm"):
             raise NoDigestError(f"{value.__qualname__} of {value.__module__}, whose source is not known to stay")
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        place = (value.__module__, value.__qualname__, value.__code__.co_firstlineno)
-        return [place, value.__defaults__, value.__kwdefaults__, cells]
+        return [value.__module__, value.__code__, value.__defaults__, value.__kwdefaults__, cells]
+    if isinstance(value, types.CodeType):  # a line of the source may hold several functions
+        return [value.co_name, value.co_firstlineno, value.co_code, value.co_names, value.co_consts]
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, functools.partial):
@@ -221,23 +233,23 @@ def _fixed() -> str:
     for path in sorted(root.rglob("*.py")):
         hashed.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     hashed.update(f"{torch.__version__} {torch.version.git_version} {sys.version} {platform.platform()}".encode())
-    hashed.update(_processor().encode())
+    hashed.update(processor().encode())
     return hashed.hexdigest()
 
 
 def surroundings() -> str:
-    """What machine code is made for: `_fixed`, the number of threads, Inductor's settings."""
+    """What machine code is made for: `_fixed`, the environment's flags, Inductor's settings."""
     from torch._inductor import config
 
     flags = {key: value for key, value in os.environ.items() if key.startswith(("TORCH", "CXX", "OMP", "KMP"))}
-    return f"{_fixed()} {torch.get_num_threads()} {sorted(flags.items())} {hash_of(config.save_config_portable())}"
+    return f"{_fixed()} {sorted(flags.items())} {hash_of(config.save_config_portable())}"
 
 
 def hash_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(repr(sorted((key, repr(value)) for key, value in settings.items())).encode()).hexdigest()
 
 
-def _processor() -> str:
+def processor() -> str:
     """Inductor compiles for the processor at hand: its model and features."""
     facts = Path("/proc/cpuinfo")
     if not facts.is_file():

@@ -111,14 +111,28 @@ def test_the_digest_of_a_step_is_that_of_everything_it_depends_on():
     )
 
 
-def test_the_name_changes_with_threads_and_gradient_mode(monkeypatch):
+def test_the_name_changes_with_torchs_modes(monkeypatch):
     args = ({"a": torch.ones(3)}, torch.tensor(2.0))
     own = compile_store.name(double, args)
     assert own == compile_store.name(double, args)
     with torch.no_grad():
         assert compile_store.name(double, args) != own
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert compile_store.name(double, args) != own
+    finally:
+        torch.set_default_dtype(before)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert compile_store.name(double, args) != own
+
+
+def test_two_functions_of_one_line_are_two():
+    pair = [lambda x: x + 1, lambda x: x - 1]
+    other = [lambda x: x + 2, lambda x: x + 3]
+    for function in (*pair, *other):
+        function.__module__ = "functional_lm.test"
+    assert len({compile_store.digest(function) for function in (*pair, *other)}) == 4
 
 
 def test_what_closes_over_a_tensor_or_is_not_of_the_package_is_compiled_in_the_ordinary_way(store):

@@ -15,8 +15,12 @@ from functional_lm.model.config import ModelConfig
 from functional_lm.model.quantize import Plan
 from functional_lm.model.transformer import forward_cached, init
 
-if why := kernels.obstacle():
-    pytest.skip(why, allow_module_level=True)
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_there() -> None:
+    if why := kernels.obstacle():
+        pytest.skip(why)
+
 
 KINDS = st.sampled_from([torch.float32, torch.bfloat16])
 CONFIG = ModelConfig(

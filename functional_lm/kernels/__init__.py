@@ -15,19 +15,27 @@ import functools
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from functional_lm import compile_store, files
 from functional_lm.tree import Tree
 
 FEW = "few_rows"  # an empty leaf
 ROWS = 16  # up to so many rows the kernel is faster than the library's product (measured)
 WIDE = 32  # inputs come in multiples of it
 HEADS = frozenset((*range(16, 144, 16), 256))  # head widths that the kernel knows
+
+NAME = "functional_lm_decoding"
+SOURCE = Path(__file__).with_name("decoding.cpp")
+FLAGS = ["-O3", "-march=native"]
 
 _library = torch.library.Library("functional_lm", "DEF")
 _library.define("few_rows(Tensor x, Tensor weight, Tensor? scales=None) -> Tensor")
@@ -93,20 +101,32 @@ def obstacle() -> str | None:
 
     if sys.platform == "win32":
         return "the decoding kernels are written for GCC and clang"
-    try:
-        cpp_extension.verify_ninja_availability()
-    except RuntimeError:
-        return "ninja was not found, which compiles the decoding kernels; pip install ninja"
-    # pip puts ninja beside Python, which is not on the path where an environment is used without being activated
-    os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
-    source = Path(__file__).with_name("decoding.cpp")
-    try:
-        cpp_extension.load(
-            "functional_lm_decoding", [str(source)], extra_cflags=["-O3", "-march=native"], is_python_module=False
-        )
-    except (RuntimeError, OSError) as error:
-        return f"the decoding kernels could not be compiled: {str(error).splitlines()[0]}"
+    machine = compile_store.digest((torch.__version__, compile_store.processor()))
+    folder = compile_store.folder() / f"decoding-{machine[:16]}"
+    with _ninja_on_the_path():
+        try:
+            cpp_extension.verify_ninja_availability()
+        except RuntimeError:
+            return "ninja was not found, which compiles the decoding kernels; pip install ninja"
+        try:
+            files.make_folder(folder)
+            with FileLock(folder / "building"):  # ends with its process; torch's own, a kill would leave behind
+                files.remove(folder / "lock")
+                cpp_extension.load(NAME, [str(SOURCE)], FLAGS, build_directory=str(folder), is_python_module=False)
+        except (RuntimeError, OSError) as error:
+            return f"the decoding kernels could not be compiled: {str(error).splitlines()[0]}"
     return None
+
+
+@contextmanager
+def _ninja_on_the_path() -> Iterator[None]:
+    """pip puts ninja beside Python, which is not on the path where an environment is used without being activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{before}{os.pathsep}{Path(sys.executable).parent}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def prepared(params: Tree, wanted: bool = True) -> Tree:
