@@ -1,9 +1,9 @@
-"""Memory of `import` and `export`: how much of a model's largest file they hold at once.
+"""Memory of `import` and `export` (to Hugging Face and to GGUF): how much of a model's largest file they hold at once.
 
     python experiments/benchmark_import.py [--gigabytes 1.3] [--shards 1] [--folder DIR]
 
 Writes a Llama with random weights as another program would (in shards, if asked), then imports it and exports it as
-one command would, each in a process of its own, and prints the peak resident memory beside the largest shard. A
+the commands would, each in a process of its own, and prints the peak resident memory beside the largest shard. A
 process that only imports torch is the floor; what is mapped from files counts as memory.
 """
 
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 LIMIT = 1.3  # times the largest shard
@@ -66,12 +67,13 @@ def measure(what: str, source: str, out: str) -> None:
     """Run in a process of its own: prints peak bytes and seconds."""
     import torch  # noqa: F401 (the floor)
 
-    from functional_lm.interop import hugging_face
+    from functional_lm.interop import gguf, hugging_face
 
     work: dict[str, Callable[[str, str], object]] = {
         "nothing": lambda source, out: None,
         "import": hugging_face.import_folder,
         "export": hugging_face.export,
+        **{f"export as {kind}": partial(gguf.export, kind=kind) for kind in gguf.TYPES},
     }
     started = time.perf_counter()
     work[what](source, out)
@@ -100,7 +102,7 @@ def main() -> int:
         largest = make(Path(place) / "model", options.gigabytes, options.shards)
         print(f"largest shard: {largest / 1e6:.0f} MB\n")
         print("| process | peak MB | of the largest shard | s |\n|---|---|---|---|")
-        for what in ("nothing", "import", "export"):
+        for what in ("nothing", "import", "export", "export as f32", "export as bf16", "export as q8_0"):
             command = [sys.executable, __file__, "--measure", what, f"{place}/model", f"{place}/{what}"]
             held, seconds = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
             print(f"| {what} | {held / 1e6:.0f} | {held / largest:.2f} | {seconds:.1f} |")

@@ -24,6 +24,12 @@ class ChatFlags:
     val_fraction: float = option(
         0.05, "share of the conversations kept for validation", low=0, below=1, group="Conversations"
     )
+
+
+@dataclass(frozen=True)
+class PackingFlags:
+    """How conversations become rows."""
+
     packing: bool = option(
         True, "several conversations side by side in a row; they do not see each other", group="Conversations"
     )
@@ -62,12 +68,12 @@ class LoraFlags:
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(AdaptationFlags, ChatFlags):
+class FinetuneOptions(AdaptationFlags, PackingFlags, ChatFlags):
     """Flags of `finetune`."""
 
 
 @dataclass(frozen=True)
-class LoraOptions(LoraFlags, AdaptationFlags, ChatFlags):
+class LoraOptions(LoraFlags, AdaptationFlags, PackingFlags, ChatFlags):
     """Flags of `lora-finetune`."""
 
     out: str = option("runs/lora", "run folder to write, an adapter", aliases=("output_dir",))
@@ -76,7 +82,7 @@ class LoraOptions(LoraFlags, AdaptationFlags, ChatFlags):
 
 
 @dataclass(frozen=True)
-class DpoOptions(LoraOptions):
+class DpoOptions(LoraFlags, AdaptationFlags, ChatFlags):
     """Flags of `dpo`."""
 
     data: str = option(
@@ -86,3 +92,4 @@ class DpoOptions(LoraOptions):
     val_fraction: float = option(0.05, "share of the pairs kept for validation", low=0, below=1, group="Preference")
     beta: float = option(0.1, "how dearly it costs to leave the reference", above=0, group="Preference")
     learning_rate: float = option(5e-5, "peak learning rate", above=0, group="Optimizer")
+    weight_decay: float = option(0.0, "decoupled decay of matrices", low=0, group="Optimizer")

@@ -80,7 +80,6 @@ def _adapter(options: EvolveFlags, model: Model, digest: str) -> tuple[Space, Ca
         key = keys.fold_in_name(key_of(options), "adapter")
         start = lora.init(model.params, options.targets, options.rank, key, alpha)
         how = peft.Settings(options.rank, alpha, options.targets, base=str(options.model), digest=digest)
-    peft.check_tied(model.params, start)
     scales, shapes = tree.select(start, "*.lora_scale"), tree.to(model.params, "meta")
 
     def write(path: Path, leaves: Tree) -> None:

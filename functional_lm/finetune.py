@@ -245,7 +245,6 @@ def _adapter(options: Options, model: Model) -> Method:
         options.rslora,
         options.dora,
     )
-    peft.check_tied(model.params, adapter)
     digest = tree.digest(model.params)
     trained, constant = lora.split(adapter)
     if options.lora_dropout:

@@ -163,7 +163,6 @@ REFUSED = {
     "leaves": (["--space", "full", "--leaves", "*nose*"], "'*nose*' matches no leaf of the model"),
     "targets": (["--targets", "nose"], "the target 'nose' matches nothing"),
     "adapter": (["--space", "full", "--adapter", "x"], "--adapter is evolved in --space lora, not in full"),
-    "tied": (["--targets", "embed_tokens"], "is also this model's output"),
 }
 
 

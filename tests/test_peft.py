@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,56 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         flm.load_adapter(tmp_path, PARAMS)
 
 
-def test_an_embedding_that_is_also_the_output_is_refused(tmp_path: Path) -> None:
-    tied = {"model": PARAMS["model"]}
-    adapter = lora.init(tied, "embed_tokens", 2, keys.key(0))
-    with pytest.raises(DataError, match="is also this model's output"):
-        ours.save(tmp_path, adapter, ours.Settings(2, 2.0, ("embed_tokens",)), tied)
-    assert not list(tmp_path.iterdir())
+TIED_CONFIG = dataclasses.replace(CONFIG, tie_embeddings=True)
+TIED = {"model": PARAMS["model"]}
+
+
+@pytest.fixture(scope="module")
+def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tied")
+    folder.save(path, TIED, TIED_CONFIG, ByteTokenizer())
+    return path
+
+
+def test_an_adapter_of_an_embedding_that_is_the_output_too_is_pefts(
+    libraries: Any, tied_base: Path, tmp_path: Path
+) -> None:
+    transformers, peft = libraries
+    adapter, how = trained(("embed_tokens", "q_proj"), False, False)
+    ours.save(tmp_path, adapter, how, TIED)
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tied_base), str(tmp_path))
+    with torch.no_grad():
+        theirs = model.eval()(TOKENS).logits
+    found = forward(lora.attach(TIED, adapter), TOKENS, TIED_CONFIG)
+    assert_close(found, theirs, 1e-4)
+    assert_close(forward(lora.merge(TIED, adapter), TOKENS, TIED_CONFIG), theirs, 1e-4)
+    again, _ = ours.load(tmp_path, TIED)
+    assert tree.digest(again) == tree.digest(adapter)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_pefts_adapter_of_such_an_embedding_is_ours(
+    libraries: Any, tied_base: Path, tmp_path: Path, copies: bool
+) -> None:
+    transformers, peft = libraries
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["embed_tokens", "v_proj"], init_lora_weights=False,
+        ensure_weight_tying=True, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tied_base), config)
+    with torch.no_grad():
+        theirs = model.eval()(TOKENS).logits
+    model.save_pretrained(str(tmp_path), save_embedding_layers=copies)
+    assert_close(forward(lora.attach(TIED, flm.load_adapter(tmp_path, TIED)), TOKENS, TIED_CONFIG), theirs, 1e-4)
+    if copies:
+        with pytest.raises(DataError, match=r"brings weights of its own for '(lm_head|model\.embed_tokens)'"):
+            flm.load_adapter(tmp_path, tree.map(lambda leaf: leaf + 1, TIED))
+
+
+def test_an_adapter_of_the_input_alone_is_refused_where_it_is_the_output_too(tmp_path: Path) -> None:
+    adapter, how = trained(("embed_tokens",), False, False)
+    ours.save(tmp_path, adapter, how, PARAMS)
+    with pytest.raises(DataError, match="adapts this model's embedding and not its output"):
+        flm.load_adapter(tmp_path, TIED, any_base=True)

@@ -25,10 +25,11 @@ from functional_lm.model.lora import EMBEDDING
 from functional_lm.tree import Tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+PREFIX, OUTPUT = "base_model.model.", "lm_head"
 # Leaf by its end in PEFT's name; an embedding's come without "weight".
 ENDS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "lora_magnitude"}
 ENDS |= {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+COPY = ".base_layer.weight"
 READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
 READ |= {"base_model_name_or_path", "target_modules", "init_lora_weights", "ensure_weight_tying"}
 # Says where the adapter came from, or which modules have one, which the tensors say too.
@@ -55,13 +56,15 @@ class Settings:
 def save(folder: str | Path, adapter: Tree, settings: Settings, base: Tree) -> None:
     """Write an adapter of `base` as a PEFT folder, each file whole or not at all; other files of the folder stay.
 
-    Raises DataError for what does not fit, and for an embedding that is also the output: PEFT adapts the input alone.
+    An adapted embedding that is also the output goes out as PEFT ties adapters (`ensure_weight_tying`). Raises
+    DataError for what does not fit.
     """
     lora.check(base, adapter)
-    check_tied(base, adapter)
     folder = Path(folder)
     files.make_folder(folder)
-    flat = {_theirs(name): leaf for name, leaf in tree.flatten(adapter).items() if not name.endswith("lora_scale")}
+    tied = _tied(base, adapter)
+    whole = tree.overlay(adapter, {} if tied is None else {OUTPUT: _as_output(tied)})
+    flat = {_theirs(name): leaf for name, leaf in tree.flatten(whole).items() if not name.endswith("lora_scale")}
     record = dataclasses.asdict(settings)
     tree.save(tree.unflatten(flat), folder / WEIGHTS, record)
     files.write_json(
@@ -80,17 +83,21 @@ def save(folder: str | Path, adapter: Tree, settings: Settings, base: Tree) -> N
             "fan_in_fan_out": False,
             "bias": "none",
             "init_lora_weights": True,
+            **({} if tied is None else {"ensure_weight_tying": True}),
         },
     )
 
 
-def check_tied(base: Tree, adapter: Tree) -> None:
-    """Raise DataError for an adapter of an embedding that is the output too, which PEFT would compute otherwise."""
-    path = next((path for path in lora.projections(adapter) if path.endswith(EMBEDDING)), None)
-    if path is not None and "lm_head" not in base:
-        raise DataError(
-            f"{path} is also this model's output; an adapter folder adapts inputs alone: leave it out of the targets"
-        )
+def _tied(base: Tree, adapter: Tree) -> Tree | None:
+    """The adapter's leaves of an embedding that is the output too."""
+    if OUTPUT in base:
+        return None
+    return next((leaves for path, leaves in lora.projections(adapter).items() if path.endswith(EMBEDDING)), None)
+
+
+def _as_output(embedding: Tree) -> Tree:
+    """The same change of the weight, seen from the other side: (B A)ᵀ = Aᵀ Bᵀ."""
+    return {"lora_A": embedding["lora_B"].mT.contiguous(), "lora_B": embedding["lora_A"].mT.contiguous()}
 
 
 def _theirs(name: str) -> str:
@@ -135,7 +142,7 @@ def load(
             f"{folder} was trained on another base ({recorded['digest'][:12]}, not {digest[:12]}; "
             f"{recorded.get('base')}); give that --model, or --any_base to use it all the same"
         )
-    stored = tree.flatten(tree.load(folder / WEIGHTS, device))
+    stored = _without_copies(tree.flatten(tree.load(folder / WEIGHTS, device)), params, folder / WEIGHTS)
     flat = {_ours(name, folder / WEIGHTS): leaf for name, leaf in stored.items()}
     for name, leaf in flat.items():
         if not torch.isfinite(leaf).all():
@@ -144,9 +151,8 @@ def load(
         if ("lora_magnitude" in leaves) != bool(values.get("use_dora")) and not path.endswith(EMBEDDING):
             raise DataError(f"{folder}: use_dora is {values.get('use_dora')}, and {path!r} says otherwise")
         flat[f"{path}.lora_scale"] = torch.tensor(_scale(values, path, leaves, folder), device=device)
-    adapter = tree.unflatten(flat)
+    adapter = _untied(tree.unflatten(flat), params, bool(values.get("ensure_weight_tying")), folder)
     lora.check(params, adapter, str(folder))
-    check_tied(params, adapter)
     targets = values.get("target_modules") or ()
     return adapter, Settings(
         int(values["r"]),
@@ -246,6 +252,37 @@ def _ours(name: str, path: Path) -> str:
         if name.startswith(PREFIX) and name.endswith(f".{end}"):
             return f"{name[len(PREFIX) : -len(end) - 1]}.{kind}"
     raise DataError(f"{path} has an unknown tensor {name!r}")
+
+
+def _without_copies(stored: Mapping[str, Tensor], params: Tree, path: Path) -> dict[str, Tensor]:
+    """The tensors without the embeddings that PEFT writes beside their adapters, which have to be the base's own."""
+    own, kept = tree.flatten(params), {}
+    for name, leaf in stored.items():
+        if not name.endswith(COPY):
+            kept[name] = leaf
+            continue
+        place = name.removeprefix(PREFIX).removesuffix(COPY)
+        weight = own.get(f"{place}.weight", own.get(f"model.{EMBEDDING}.weight") if place == OUTPUT else None)
+        if weight is None or weight.is_meta or not torch.equal(weight, leaf.to(weight)):
+            raise DataError(
+                f"{path} brings weights of its own for {place!r}, which cannot be told to be this base's; "
+                "save it with save_embedding_layers=False, if they are"
+            )
+    return kept
+
+
+def _untied(adapter: Tree, params: Tree, tying: bool, folder: Path) -> Tree:
+    """The adapter with the embedding's leaves alone, where the embedding is the output too."""
+    tied = _tied(params, adapter)
+    if tied is None:
+        return adapter
+    output, wanted = adapter.get(OUTPUT, {}), {**_as_output(tied), "lora_scale": tied["lora_scale"]}
+    if not tying or any(name not in wanted or not torch.equal(leaf, wanted[name]) for name, leaf in output.items()):
+        raise DataError(
+            f"{folder} adapts this model's embedding and not its output, which is the same weight; "
+            "train it with ensure_weight_tying=True, or untie them"
+        )
+    return {name: child for name, child in adapter.items() if name != OUTPUT}
 
 
 def _scale(values: Mapping[str, Any], path: str, leaves: Mapping[str, Tensor], folder: Path) -> float:
