@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from functional_lm import kernels, keys, tree
 from functional_lm.inference import cache as kv
+from functional_lm.kernels import layout
 from functional_lm.model import lora, quantize
 from functional_lm.model.compute import decoding_copy
 from functional_lm.model.config import ModelConfig
@@ -32,34 +33,90 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return keys.normal(keys.key(seed), shape)
 
 
+def whole_numbers(seed: int, *shape: int) -> torch.Tensor:
+    return keys.randint(keys.key(seed), shape, -127, 128, torch.int64).to(torch.int8)
+
+
+@given(st.integers(1, 70), st.integers(1, 20), st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
+def test_blocks_are_the_matrix_in_another_order(outputs, pairs, kind):
+    weight = whole_numbers(0, outputs, 2 * pairs).to(kind)
+    assert torch.equal(layout.whole(layout.in_blocks(weight), outputs), weight)
+    stored = {"qweight": weight, "scales": torch.ones(outputs)} if kind == torch.int8 else {"weight": weight}
+    laid = layout.laid_out({"a": stored})["a"]
+    index = torch.arange(outputs).flip(0)
+    assert torch.equal(layout.rows(laid, index), weight[index].to(layout.rows(laid, index).dtype))
+
+
+@pytest.mark.parametrize("size", [0, 5, layout.PAGE - 1, layout.PAGE, 3 * layout.PAGE + 7])
+def test_memory_is_as_large_as_it_was_asked_for_and_writable(size):
+    memory = layout.allocated(size)
+    assert memory.shape == (size,)
+    memory.fill_(7)
+    assert int(memory.sum(dtype=torch.int64)) == 7 * size
+    assert size < layout.PAGE or memory.data_ptr() % layout.LINE == 0
+
+
 @settings(max_examples=60)
-@given(st.integers(1, 17), st.integers(1, 70), st.integers(1, 6), KINDS, KINDS, st.integers(0, 99))
-def test_few_rows_are_the_product(rows, outputs, blocks, kind, weights, seed):
-    x, w = normal(seed, rows, 32 * blocks).to(kind), normal(seed + 1, outputs, 32 * blocks).to(weights)
-    torch.testing.assert_close(kernels.few_rows(x, w), kernels.pure_few_rows(x, w), rtol=1e-2, atol=2e-3)
+@given(st.integers(1, 17), st.integers(1, 70), st.integers(1, 90), KINDS, KINDS, st.integers(0, 99))
+def test_a_product_is_the_product(rows, outputs, pairs, kind, weights, seed):
+    x, w = normal(seed, rows, 2 * pairs).to(kind), layout.in_blocks(normal(seed + 1, outputs, 2 * pairs).to(weights))
+    ours, pure = (make(x, w.contiguous(), *more) for make, more in calls(outputs, None))
+    torch.testing.assert_close(ours, pure, rtol=1e-2, atol=2e-3)
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 17), st.integers(1, 70), st.integers(1, 6), KINDS, KINDS, st.integers(0, 99))
-def test_few_rows_of_whole_numbers_are_exact_but_for_the_result(rows, outputs, blocks, kind, scale_kind, seed):
-    w = keys.randint(keys.key(seed), (outputs, 32 * blocks), -127, 128, torch.int64).to(torch.int8)
-    x = normal(seed + 1, rows, 32 * blocks).to(kind)
-    scales = keys.uniform(keys.key(seed + 2), (outputs,)).to(scale_kind) + 0.01
-    ours, pure = kernels.few_rows(x, w, scales), kernels.pure_few_rows(x, w, scales)
-    torch.testing.assert_close(ours, pure, rtol=1e-2, atol=1e-2)
+@given(st.integers(1, 17), st.integers(1, 70), st.integers(1, 90), KINDS, KINDS, st.integers(0, 99))
+def test_a_product_of_whole_numbers_is_exact_but_for_the_result(rows, outputs, pairs, kind, scale_kind, seed):
+    weight, x = whole_numbers(seed, outputs, 2 * pairs), normal(seed + 1, rows, 2 * pairs).to(kind)
+    scales = keys.uniform(keys.key(seed + 2), (-(-outputs // 32) * 32,)).to(scale_kind) + 0.01
+    blocks = layout.in_blocks(weight).contiguous()
+    ours, pure = (make(x, blocks, *more) for make, more in calls(outputs, scales))
+    torch.testing.assert_close(ours, pure, rtol=1e-2, atol=1e-6)
+    exact = x.double() @ (weight * scales[:outputs, None].double()).mT
+    bound = float(x.abs().amax() / 32767 * 127 * 2 * pairs * scales.max()) + exact.abs() / 100
+    assert ((ours - exact).abs() <= bound).all()
+
+
+def test_rows_become_the_largest_whole_numbers_whose_sums_are_exact():
+    weight, x = torch.full((32, 4096), 127, dtype=torch.int8), torch.full((1, 4096), 3.0)
+    ours = kernels.product(x, layout.in_blocks(weight).contiguous(), 32, torch.ones(32))
+    torch.testing.assert_close(ours, torch.full((1, 32), 3.0 * 127 * 4096), rtol=1e-6, atol=0)
+    numbers, _ = kernels.whole_rows(x)
+    assert 127 * 4096 * int(numbers.max()) < 2**31 <= 127 * 4096 * (int(numbers.max()) + 1)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so_and_alone(wrong):
+    blocks, scales = layout.in_blocks(whole_numbers(0, 32, 8)).contiguous(), torch.ones(32)
+    x = normal(1, 2, 8)
+    x[0, 3] = wrong
+    ours = kernels.product(x, blocks, 32, scales)
+    assert not torch.isfinite(ours[0]).any()
+    assert torch.equal(ours[1:], kernels.product(x[1:], blocks, 32, scales))
+    zero = kernels.product(torch.zeros(1, 8), blocks, 32, scales)
+    assert torch.equal(zero, torch.zeros(1, 32))
+
+
+def calls(outputs, scales):
+    """The kernel and its pure form, and how each is told the rest."""
+    return (kernels.product, (outputs, scales)), (kernels.pure_product, (scales, outputs))
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 16), st.integers(1, 40), KINDS, KINDS, st.integers(0, 99))
+@given(st.integers(1, 17), st.integers(1, 90), KINDS, st.sampled_from(["same", "int8"]), st.integers(0, 99))
 def test_a_row_says_the_same_bits_alone_in_company_and_on_any_number_of_threads(rows, outputs, kind, weights, seed):
-    x, w = normal(seed, rows, 96).to(kind), normal(seed + 1, outputs, 96).to(weights)
-    together = kernels.few_rows(x, w)
+    x, w = normal(seed, rows, 96).to(kind), normal(seed + 1, outputs, 96).to(kind)
+    scales = None
+    if weights == "int8":
+        w, scales = whole_numbers(seed, outputs, 96), torch.ones(-(-outputs // 32) * 32)
+    blocks = layout.in_blocks(w).contiguous()
+    together = kernels.product(x, blocks, outputs, scales)
     for row in range(rows):
-        assert torch.equal(kernels.few_rows(x[row : row + 1], w)[0], together[row])
+        assert torch.equal(kernels.product(x[row : row + 1], blocks, outputs, scales)[0], together[row])
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(3)
     try:
-        assert torch.equal(kernels.few_rows(x, w), together)
+        assert torch.equal(kernels.product(x, blocks, outputs, scales), together)
     finally:
         torch.set_num_threads(before)
 
@@ -94,16 +151,17 @@ def test_scores_far_apart_neither_overflow_nor_vanish():
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_a_marked_model_says_what_the_model_says(kind, bits):
+def test_a_model_in_blocks_says_what_the_model_says(kind, bits):
     params = init(CONFIG, keys.key(0))
     if bits == 8:
         params = quantize.quantize(params, Plan(8))
     copy = decoding_copy(params, kind)
     tokens = keys.randint(keys.key(1), (3, 5), 0, 50, torch.int64)
-    marked = kernels.marked(copy)
-    assert any(name.endswith(kernels.FEW) for name in tree.flatten(marked))
+    laid = kernels.laid_out(copy)
+    names = tree.flatten(laid).keys()
+    assert not any(name.endswith(("proj.weight", "lm_head.weight", "packed", "qweight")) for name in names)
     results = []
-    for weights in (copy, marked):
+    for weights in (copy, laid):
         cache = kv.init(CONFIG, 3, 32, kind)
         rows = []
         for t in range(5):
@@ -111,24 +169,38 @@ def test_a_marked_model_says_what_the_model_says(kind, bits):
             cache, logits = forward_cached(weights, cache, tokens[:, t : t + 1], at, CONFIG)
             rows.append(logits)
         results.append(torch.cat(rows, 1))
-    rtol, atol = (1e-4, 1e-4) if kind == torch.float32 else (5e-2, 5e-2)
-    torch.testing.assert_close(results[1], results[0], rtol=rtol, atol=atol)
+    # beside whole numbers the rows have 15 bits
+    near = 5e-2 if kind == torch.bfloat16 else 1e-4 if bits == 16 else 1e-3
+    torch.testing.assert_close(results[1], results[0], rtol=near, atol=near)
 
 
-def test_a_bank_of_adapters_hangs_on_marked_weights_too():
+def test_a_bank_of_adapters_hangs_on_blocks_too():
     params = init(CONFIG, keys.key(0))
     adapter = tree.map(lambda leaf: leaf + 0.1, lora.init(params, ["*q_proj", "*down_proj"], 2, keys.key(1)))
     bank = lora.stack(params, [adapter])
     tokens, at = torch.tensor([[3], [4]]), torch.tensor([0, 0])
     said = []
-    for weights in (params, kernels.marked(params)):
+    for weights in (params, kernels.laid_out(params)):
         whole = lora.attach(weights, lora.select(bank, torch.tensor([1, 0])))
         said.append(forward_cached(whole, kv.init(CONFIG, 2, 8, torch.float32), tokens, at, CONFIG)[1])
     torch.testing.assert_close(said[1], said[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_operators_are_what_torch_expects_of_operators():
-    x, w = normal(0, 3, 32), normal(1, 5, 32)
-    torch.library.opcheck(torch.ops.functional_lm.few_rows, (x, w))
+    x, w = normal(0, 3, 32), layout.in_blocks(normal(1, 5, 32)).contiguous()
+    torch.library.opcheck(torch.ops.functional_lm.product, (x, w, None, 5))
     key = normal(2, 2, 1, 4, 16)
     torch.library.opcheck(torch.ops.functional_lm.filled_rows, (normal(3, 2, 2, 16), key, key, torch.tensor([1, 3]), 0))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_hangs_on_blocks_as_on_weights(dora):
+    params = init(CONFIG, keys.key(0))
+    adapter = lora.init(params, ["q_proj", "down_proj", "lm_head"], 2, keys.key(1), dora=dora)
+    adapter = tree.map_named(lambda name, leaf: leaf + 0.1 if "lora_B" in name else leaf, adapter)
+    tokens, at = torch.tensor([[3], [4]]), torch.tensor([0, 0])
+    said = []
+    for weights in (params, kernels.laid_out(params)):
+        cache = kv.init(CONFIG, 2, 8, torch.float32)
+        said.append(forward_cached(lora.attach(weights, adapter), cache, tokens, at, CONFIG)[1])
+    torch.testing.assert_close(said[1], said[0], rtol=1e-4, atol=1e-4)

@@ -1,12 +1,12 @@
 """Kernels in C++ for decoding on the CPU: compiled on first use, optional, and held by tests to the pure forms here.
 
-    few_rows(x, weight)                    x Wᵀ for some rows of x, at the speed at which W is read
+    product(x, blocks, outputs)            x Wᵀ for rows of x, at the speed at which W is read
     filled_rows(query, key, value, at)     attention of one query a slot over the cache rows that are filled
 
-`marked` puts a leaf FEW beside each matrix that they can serve; `linear` and `attention` look for it. Nothing else of
-the tree changes, and without the leaf nothing here is called.
+`laid_out` gives a tree whose matrices lie in blocks (`layout.py`); `linear` and `attention` look at what they are
+handed.
 
-Axes: S slots, H query heads, K key/value heads, C cache length, E head width.
+Axes: S slots, H query heads, K key/value heads, C cache length, E head width, N blocks of 32 outputs.
 """
 
 from __future__ import annotations
@@ -26,29 +26,42 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from functional_lm import compile_store, files
+from functional_lm.kernels.layout import BLOCKS, OUTPUTS, laid_out, rows, whole
 from functional_lm.tree import Tree
 
-FEW = "few_rows"  # an empty leaf
-ROWS = 16  # up to so many rows the kernel is faster than the library's product (measured)
-WIDE = 32  # inputs come in multiples of it
 HEADS = frozenset((*range(16, 144, 16), 256))  # head widths that the kernel knows
+
+__all__ = ["BLOCKS", "OUTPUTS", "filled_rows", "laid_out", "multiplied", "prepared", "product", "rows", "whole"]
 
 NAME = "functional_lm_decoding"
 SOURCE = Path(__file__).with_name("decoding.cpp")
-FLAGS = ["-O3", "-march=native"]
+# The threads are those of torch's own OpenMP, which is loaded already: no other one is linked beside it.
+FLAGS = ["-O3", "-march=native", *(["-fopenmp"] if sys.platform == "linux" else [])]
 
 _library = torch.library.Library("functional_lm", "DEF")
-_library.define("few_rows(Tensor x, Tensor weight, Tensor? scales=None) -> Tensor")
+_library.define("product(Tensor x, Tensor blocks, Tensor? scales, SymInt outputs) -> Tensor")
 _library.define("filled_rows(Tensor query, Tensor key, Tensor value, Tensor positions, int window) -> Tensor")
 
 
-def few_rows(
-    x: Float[Tensor, "... in"], weight: Tensor, scales: Float[Tensor, "out"] | None = None
+def product(
+    x: Float[Tensor, "... in"],
+    blocks: Tensor,
+    outputs: int,
+    scales: Float[Tensor, "32N"] | None = None,
 ) -> Float[Tensor, "... out"]:
-    """x Wᵀ, or x (scales W)ᵀ of an int8 W, summed in float32; x's dtype. `weight` is [out, in], contiguous."""
+    """x Wᵀ of a matrix [out, in] in blocks, or x (scales W)ᵀ where they hold whole numbers; x's dtype.
+
+    Sums are in float32. With whole numbers the rows of x become such too, each as fine as exact sums of int32 allow
+    (`whole_rows`).
+    """
     flat = x.reshape(-1, x.shape[-1])
-    result: Tensor = torch.ops.functional_lm.few_rows(flat, weight, scales)
-    return result.view(*x.shape[:-1], -1)
+    result: Tensor = torch.ops.functional_lm.product(flat, blocks, scales, outputs)
+    return result.view(*x.shape[:-1], outputs)
+
+
+def multiplied(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+    """`product` with the leaves of `laid_out`."""
+    return product(x, params[BLOCKS], params[OUTPUTS].shape[0], params.get("scales"))
 
 
 def filled_rows(
@@ -66,9 +79,24 @@ def filled_rows(
 # The pure forms -----------------------------------------------------------------------------------------------------
 
 
-def pure_few_rows(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
-    y = F.linear(x.float(), weight.float())
-    return (y if scales is None else y * scales.float()).to(x.dtype)
+def pure_product(x: Float[Tensor, "M in"], blocks: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    weight = whole(blocks, outputs)
+    if scales is None:
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+    numbers, own = whole_rows(x)
+    sums = F.linear(numbers.double(), weight.double()).float()
+    return (sums * (own[:, None] * scales[:outputs])).to(x.dtype)
+
+
+def whole_rows(x: Float[Tensor, "M in"]) -> tuple[Int[Tensor, "M in"], Float[Tensor, "M"]]:
+    """Rows as whole numbers of up to 16 bits and the float32 scale of each: x ≈ numbers scale.
+
+    The largest is what a sum of `in` products with whole numbers up to 127 leaves of an int32.
+    """
+    limit = min(32767, (2**31 - 1) // (127 * x.shape[-1]))
+    most = x.float().abs().amax(-1)
+    by = torch.where(most > 0, limit / most, 0.0)
+    return (x.float() * by[:, None]).round().to(torch.int16), most / limit
 
 
 def pure_filled_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window: int) -> Tensor:
@@ -81,9 +109,9 @@ def pure_filled_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tenso
     return (weights @ value.float()).reshape(query.shape).to(query.dtype)
 
 
-@torch.library.register_fake("functional_lm::few_rows")
-def _few_rows_shape(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+@torch.library.register_fake("functional_lm::product")
+def _product_shape(x: Tensor, blocks: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
 
 
 @torch.library.register_fake("functional_lm::filled_rows")
@@ -130,32 +158,8 @@ def _ninja_on_the_path() -> Iterator[None]:
 
 
 def prepared(params: Tree, wanted: bool = True) -> Tree:
-    """`marked`, where the kernels are wanted (the model is compiled) and can be had; else the tree as it is."""
-    return marked(params) if wanted and obstacle() is None else params
-
-
-def marked(params: Tree) -> Tree:
-    """The tree with a leaf FEW beside each matrix that `few_rows` can multiply with; no copy."""
-    made = {name: marked(child) if isinstance(child, dict) else child for name, child in params.items()}
-    return {**made, FEW: torch.empty(0)} if _serves(made) else made
-
-
-def _serves(params: Tree) -> bool:
-    whole = matrix(params)
-    if not isinstance(whole, Tensor) or whole.dim() != 2 or "grids" in params:
-        return False
-    kinds = (torch.float32, torch.bfloat16) if "weight" in params else (torch.int8,)
-    return whole.device.type == "cpu" and whole.dtype in kinds and whole.is_contiguous() and whole.shape[1] % WIDE == 0
-
-
-def matrix(params: Tree) -> Tensor | None:
-    """The leaf that a product reads: of a quantised matrix its whole numbers."""
-    return next((params[name] for name in ("packed", "qweight", "weight") if name in params), None)
-
-
-def few(params: Tree, x: Float[Tensor, "... in"]) -> bool:
-    """Whether this product is the kernel's."""
-    return FEW in params and x.numel() <= ROWS * x.shape[-1]
+    """`laid_out`, where the kernels are wanted (the model is compiled) and can be had; else the tree as it is."""
+    return laid_out(params) if wanted and obstacle() is None else params
 
 
 def attends(query: Float[Tensor, "S H T E"]) -> bool:

@@ -1,8 +1,10 @@
-// Decoding's two products at the speed of the memory: few rows times a matrix, and attention over the filled cache rows.
+// Decoding's two products at the speed of the memory: rows times a matrix, and attention over the filled cache rows.
 //
-// Every sum is in float32 and in an order of its own that depends neither on the number of rows nor on the threads: what
-// a sequence says is the same to the last bit whatever company it is in. Vectors are the compiler's (GCC, clang), of 16
-// numbers, so that one source serves every processor.
+// A matrix lies in blocks of 32 outputs, and in a block the numbers of one input (or of two neighbours) side by side: it
+// is read from its beginning to its end once a call, and a vector of it is multiplied with one number (or pair) of a row.
+// So every sum is a chain of its own along the inputs, whatever the number of rows and of threads: what a sequence says is
+// the same to the last bit whatever company it is in. Vectors are the compiler's (GCC, clang), of 16 numbers, so that one
+// source serves every processor; where a processor has an instruction for pairs it is taken.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,19 +25,25 @@
 namespace {
 
 constexpr int64_t WIDE = 16;
-constexpr int BLOCK = 4;
+constexpr int64_t BLOCK = 32;      // outputs of a block
+constexpr int64_t AHEAD = 4096;    // bytes that are asked for before they are needed (measured)
+constexpr int64_t WHOLE = 127;     // the largest whole number of a quantised matrix
 typedef float Floats __attribute__((vector_size(64)));
 typedef float Four __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef int8_t Bytes __attribute__((vector_size(32)));
+typedef int16_t Shorts __attribute__((vector_size(64)));
 
-inline Floats load(const float* p) {
-  Floats v;
+template <typename V, typename T>
+inline V read(const T* p) {
+  V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+
+inline Floats load(const float* p) { return read<Floats>(p); }
 
 #ifdef __AVX512F__  // what GCC 12 makes of the conversions below is many times slower
 
@@ -44,28 +52,253 @@ inline Floats load(const c10::BFloat16* p) {  // the upper half of a float32
   return (Floats)_mm512_castsi512_ps(_mm512_slli_epi32(word, 16));
 }
 
-inline Floats load(const int8_t* p) {
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+inline Integers whole_pairs(const int8_t* p) {
+  return (Integers)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
 #else
 
 inline Floats load(const c10::BFloat16* p) {
-  Halves half;
-  std::memcpy(&half, p, sizeof half);
-  const Words word = __builtin_convertvector(half, Words) << 16;
-  Floats v;
-  std::memcpy(&v, &word, sizeof v);
-  return v;
+  const Words word = __builtin_convertvector(read<Halves>(p), Words) << 16;
+  return read<Floats>(&word);
 }
 
-inline Floats load(const int8_t* p) {
-  Bytes byte;
-  std::memcpy(&byte, p, sizeof byte);
-  return __builtin_convertvector(__builtin_convertvector(byte, Integers), Floats);
+inline Integers whole_pairs(const int8_t* p) {
+  const Shorts pairs = __builtin_convertvector(read<Bytes>(p), Shorts);
+  return read<Integers>(&pairs);
 }
 
 #endif
+
+inline void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(c10::BFloat16* p, const Floats& v) {
+#ifdef __AVX512BF16__
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &half, sizeof half);
+#else
+  for (int64_t i = 0; i < WIDE; ++i) p[i] = static_cast<c10::BFloat16>(v[i]);
+#endif
+}
+
+// A product of a number of a row with 16 outputs, by what the matrix (W) and the rows (X) hold: what is loaded of a block,
+// what of a row, and how it is added up. `pair` numbers of an input stand side by side.
+
+template <typename W, typename X>
+struct Step;
+
+template <typename X>
+struct Step<float, X> {
+  static constexpr int64_t pair = 1;
+  typedef float Row;
+  typedef Floats In, Sum;
+  static In weight(const float* p) { return load(p); }
+  static Sum add(Sum sum, const In& w, const Row* x) { return sum + w * *x; }
+};
+
+template <typename X>
+struct Step<c10::BFloat16, X> {  // rows in float32: both numbers of a pair, widened
+  static constexpr int64_t pair = 2;
+  typedef float Row;
+  typedef Words In;
+  typedef Floats Sum;
+  static In weight(const c10::BFloat16* p) { return read<Words>(p); }
+  static Sum add(Sum sum, const In& w, const Row* x) {
+    const Words low = w << 16, high = w & 0xffff0000u;
+    return sum + read<Floats>(&low) * x[0] + read<Floats>(&high) * x[1];
+  }
+};
+
+#ifdef __AVX512BF16__
+
+template <>
+struct Step<c10::BFloat16, c10::BFloat16> {
+  static constexpr int64_t pair = 2;
+  typedef c10::BFloat16 Row;
+  typedef __m512i In;
+  typedef Floats Sum;
+  static In weight(const c10::BFloat16* p) { return _mm512_loadu_si512(p); }
+  static Sum add(Sum sum, const In& w, const Row* x) {
+    const __m512i both = _mm512_set1_epi32(read<int32_t>(x));
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)both);
+  }
+};
+
+#endif
+
+template <typename X>
+struct Step<int8_t, X> {  // rows of whole numbers too (see `whole`): the sums are exact
+  static constexpr int64_t pair = 2;
+  typedef int16_t Row;
+  typedef Integers In, Sum;
+  static In weight(const int8_t* p) { return whole_pairs(p); }
+  static Sum add(const Sum& sum, const In& w, const Row* x) {
+#if defined(__AVX512VNNI__)
+    return (Integers)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(read<int32_t>(x)));
+#elif defined(__AVX512BW__)
+    return sum + (Integers)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(read<int32_t>(x)));
+#else
+    return sum + ((w << 16) >> 16) * x[0] + (w >> 16) * x[1];
+#endif
+  }
+};
+
+// One block times M rows of x.
+template <int M, typename P, typename W>
+inline void tile(const W* block, const typename P::Row* x, int64_t inputs, typename P::Sum (&sums)[M][2]) {
+  typename P::Sum lanes[M][2];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) lanes[m][0] = lanes[m][1] = typename P::Sum{};
+  for (int64_t k = 0; k < inputs; k += P::pair) {
+    const W* here = block + k * BLOCK;
+    __builtin_prefetch(reinterpret_cast<const char*>(here) + AHEAD);
+    if (sizeof(W) * P::pair * BLOCK > 64) __builtin_prefetch(reinterpret_cast<const char*>(here) + AHEAD + 64);
+    const typename P::In first = P::weight(here), second = P::weight(here + WIDE * P::pair);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      lanes[m][0] = P::add(lanes[m][0], first, x + m * inputs + k);
+      lanes[m][1] = P::add(lanes[m][1], second, x + m * inputs + k);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sums[m][0] = lanes[m][0], sums[m][1] = lanes[m][1];
+}
+
+// The numbers of up to 32 outputs; `count` of them belong to the matrix.
+template <typename X>
+inline void put(X* y, const Floats (&sums)[2], int64_t count) {
+  if (count >= BLOCK) {
+    store(y, sums[0]);
+    store(y + WIDE, sums[1]);
+    return;
+  }
+  X part[BLOCK];
+  store(part, sums[0]);
+  store(part + WIDE, sums[1]);
+  std::copy(part, part + count, y);
+}
+
+template <typename S>
+inline Floats scaled(const Floats& sum, const S*, float) {
+  return sum;
+}
+
+template <typename S>
+inline Floats scaled(const Integers& sum, const S* scales, float own) {
+  return __builtin_convertvector(sum, Floats) * (load(scales) * own);
+}
+
+template <int M, typename W, typename X, typename S>
+inline void rows_of(
+    const W* block, const S* scales, const float* own, const typename Step<W, X>::Row* x, X* y, int64_t inputs,
+    int64_t outputs, int64_t count) {
+  typedef Step<W, X> P;
+  typename P::Sum sums[M][2];
+  tile<M, P>(block, x, inputs, sums);
+  for (int m = 0; m < M; ++m) {
+    const float factor = own ? own[m] : 1.0f;
+    const Floats both[2] = {scaled(sums[m][0], scales, factor), scaled(sums[m][1], scales + WIDE, factor)};
+    put(y + m * outputs, both, count);
+  }
+}
+
+template <typename W, typename X, typename S>
+void multiply(
+    const W* blocks, const S* scales, const float* own, const typename Step<W, X>::Row* x, X* y, int64_t rows,
+    int64_t inputs, int64_t outputs) {
+  const int64_t count = (outputs + BLOCK - 1) / BLOCK, grain = std::max<int64_t>(1, 131072 / (rows * inputs * BLOCK + 1));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const W* block = blocks + n * BLOCK * inputs;
+      const S* by = scales ? scales + n * BLOCK : nullptr;
+      const auto some = [&](auto m, int64_t at) {
+        rows_of<decltype(m)::value, W, X>(
+            block, by, own ? own + at : nullptr, x + at * inputs, y + at * outputs + n * BLOCK, inputs, outputs,
+            outputs - n * BLOCK);
+      };
+      int64_t at = 0;
+      for (; at + 8 <= rows; at += 8) some(std::integral_constant<int, 8>{}, at);
+      for (; at + 4 <= rows; at += 4) some(std::integral_constant<int, 4>{}, at);
+      for (; at + 2 <= rows; at += 2) some(std::integral_constant<int, 2>{}, at);
+      if (at < rows) some(std::integral_constant<int, 1>{}, at);
+    }
+  });
+}
+
+// Rows as whole numbers, as large as sums of `inputs` products with a matrix of numbers up to 127 allow; and the scales.
+template <typename X>
+void whole(const X* x, int16_t* numbers, float* own, int64_t rows, int64_t inputs) {
+  const float limit = static_cast<float>(std::min<int64_t>(32767, INT32_MAX / (WHOLE * inputs)));
+  for (int64_t m = 0; m < rows; ++m, x += inputs, numbers += inputs) {
+    float most = 0, sum = 0;
+    for (int64_t k = 0; k < inputs; ++k) {
+      const float value = static_cast<float>(x[k]);
+      most = std::max(most, std::abs(value));
+      sum += value;  // finds what is not finite, which `max` passes over
+    }
+    const bool finite = std::isfinite(sum) && std::isfinite(most);
+    own[m] = finite ? most / limit : NAN;
+    const float by = finite && most > 0 ? limit / most : 0.0f;
+    for (int64_t k = 0; k < inputs; ++k)
+      numbers[k] = static_cast<int16_t>(by == 0.0f ? 0.0f : std::nearbyint(static_cast<float>(x[k]) * by));
+  }
+}
+
+template <typename W, typename X, typename S>
+void product_of(const at::Tensor& x, const at::Tensor& blocks, const S* scales, at::Tensor& y) {
+  typedef typename Step<W, X>::Row Row;
+  const int64_t rows = x.size(0), inputs = x.size(1);
+  const W* w = blocks.const_data_ptr<W>();
+  const X* in = x.const_data_ptr<X>();
+  X* out = y.mutable_data_ptr<X>();
+  if constexpr (std::is_same_v<Row, X>) {
+    multiply<W, X>(w, scales, nullptr, in, out, rows, inputs, y.size(1));
+  } else if constexpr (std::is_same_v<Row, int16_t>) {
+    std::vector<int16_t> numbers(rows * inputs);
+    std::vector<float> own(rows);
+    whole(in, numbers.data(), own.data(), rows, inputs);
+    multiply<W, X>(w, scales, own.data(), numbers.data(), out, rows, inputs, y.size(1));
+  } else {
+    const std::vector<Row> wide(in, in + rows * inputs);
+    multiply<W, X>(w, scales, nullptr, wide.data(), out, rows, inputs, y.size(1));
+  }
+}
+
+template <typename X>
+void product_by(
+    const at::Tensor& x, const at::Tensor& blocks, const std::optional<at::Tensor>& scales, at::Tensor& y) {
+  constexpr const float* none = nullptr;
+  if (blocks.scalar_type() == at::kChar && scales->scalar_type() == at::kFloat)
+    product_of<int8_t, X>(x, blocks, scales->const_data_ptr<float>(), y);
+  else if (blocks.scalar_type() == at::kChar)
+    product_of<int8_t, X>(x, blocks, scales->const_data_ptr<c10::BFloat16>(), y);
+  else if (blocks.scalar_type() == at::kBFloat16)
+    product_of<c10::BFloat16, X>(x, blocks, none, y);
+  else
+    product_of<float, X>(x, blocks, none, y);
+}
+
+// x [M, in] times the transpose of a matrix [out, in] in blocks: float32 [n, in, 32, 1], bfloat16 [n, in/2, 32, 2], or
+// int8 [n, in/2, 32, 2] with scales [32 n].
+at::Tensor product(
+    const at::Tensor& x, const at::Tensor& blocks, const std::optional<at::Tensor>& scales, int64_t outputs) {
+  TORCH_CHECK(blocks.is_contiguous() && blocks.dim() == 4 && blocks.size(2) == BLOCK, "product: blocks of 32 outputs");
+  TORCH_CHECK(blocks.size(1) * blocks.size(3) == x.size(1), "product: as many inputs as the matrix has");
+  TORCH_CHECK((outputs + BLOCK - 1) / BLOCK == blocks.size(0), "product: as many outputs as the blocks have");
+  TORCH_CHECK(blocks.size(3) == (blocks.scalar_type() == at::kFloat ? 1 : 2), "product: float32 alone, others in pairs");
+  TORCH_CHECK(
+      blocks.scalar_type() != at::kChar || (scales && scales->numel() == BLOCK * blocks.size(0)),
+      "product: a scale for each output of the blocks");
+  const at::Tensor rows = x.contiguous();
+  at::Tensor y = at::empty({rows.size(0), outputs}, rows.options());
+  if (rows.scalar_type() == at::kBFloat16)
+    product_by<c10::BFloat16>(rows, blocks, scales, y);
+  else
+    product_by<float>(rows, blocks, scales, y);
+  return y;
+}
+
+// Attention ------------------------------------------------------------------------------------------------------------
 
 // Sums of four vectors at once, each in the same order: neighbours, neighbours of these, quarters.
 #ifdef __AVX512F__
@@ -95,139 +328,6 @@ inline Four totals(const Floats& a, const Floats& b, const Floats& c, const Floa
 
 inline float total(const Floats& v) { return totals(v, Floats{}, Floats{}, Floats{})[0]; }
 
-// One step along the inputs: how many numbers, what is loaded, and what is added to 16 lanes of sums. Where the processor
-// adds up pairs of bfloat16 products (rows in bfloat16, and whole numbers up to 127, which are exact in it) a step is 32.
-template <typename W, typename X>
-struct Step {
-  static constexpr int64_t size = WIDE;
-  typedef float Row;
-  typedef Floats In;
-  static In in(const Row* p) { return load(p); }
-  static In weight(const W* p) { return load(p); }
-  static Floats add(Floats sum, In w, In x) { return sum + w * x; }
-};
-
-#ifdef __AVX512BF16__
-
-inline __m512bh pairs(const c10::BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-
-inline __m512bh pairs(const int8_t* p) {
-  return _mm512_cvtne2ps_pbh((__m512)load(p + WIDE), (__m512)load(p));
-}
-
-template <typename W>
-struct Pairs {
-  static constexpr int64_t size = 2 * WIDE;
-  typedef c10::BFloat16 Row;
-  typedef __m512bh In;
-  static In in(const Row* p) { return pairs(p); }
-  static In weight(const W* p) { return pairs(p); }
-  static Floats add(Floats sum, In w, In x) { return (Floats)_mm512_dpbf16_ps((__m512)sum, w, x); }
-};
-
-template <>
-struct Step<c10::BFloat16, c10::BFloat16> : Pairs<c10::BFloat16> {};
-template <>
-struct Step<int8_t, c10::BFloat16> : Pairs<int8_t> {};
-
-#endif
-
-// R rows of the matrix times M rows of x. A sum is a chain of 16 lanes, in the same order whatever R and M are.
-template <int R, int M, typename P, typename W>
-inline void tile(const W* w, const typename P::Row* x, int64_t inputs, float (&sums)[R][M]) {
-  Floats lanes[R][M];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) lanes[r][m] = Floats{};
-  for (int64_t k = 0; k < inputs; k += P::size) {
-    typename P::In in[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) in[m] = P::in(x + m * inputs + k);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(w + (R + r) * inputs + k);  // of the next tile: several rows at once hide it from the hardware
-      const typename P::In row = P::weight(w + r * inputs + k);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) lanes[r][m] = P::add(lanes[r][m], row, in[m]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m += 4) {
-      Floats four[4] = {};
-#pragma GCC unroll 4
-      for (int i = 0; i < 4 && m + i < M; ++i) four[i] = lanes[r][m + i];
-      const Four sum = totals(four[0], four[1], four[2], four[3]);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4 && m + i < M; ++i) sums[r][m + i] = sum[i];
-    }
-}
-
-template <int R, int M, typename W, typename X, typename S>
-inline void put(
-    const W* w, const S* scales, const typename Step<W, X>::Row* x, X* y, int64_t n, int64_t m, int64_t inputs,
-    int64_t outputs) {
-  float sums[R][M];
-  tile<R, M, Step<W, X>>(w + n * inputs, x + m * inputs, inputs, sums);
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < M; ++i)
-      y[(m + i) * outputs + n + r] = static_cast<X>(scales ? sums[r][i] * static_cast<float>(scales[n + r]) : sums[r][i]);
-}
-
-template <int R, typename W, typename X, typename S>
-inline void all(
-    const W* w, const S* scales, const typename Step<W, X>::Row* x, X* y, int64_t n, int64_t rows, int64_t inputs,
-    int64_t outputs) {
-  int64_t m = 0;
-  for (; m + 4 <= rows; m += 4) put<R, 4>(w, scales, x, y, n, m, inputs, outputs);
-  for (; m + 2 <= rows; m += 2) put<R, 2>(w, scales, x, y, n, m, inputs, outputs);
-  if (m < rows) put<R, 1>(w, scales, x, y, n, m, inputs, outputs);
-}
-
-template <typename W, typename X, typename S>
-void multiply(
-    const W* w, const S* scales, const X* x, X* y, int64_t rows, int64_t inputs, int64_t outputs) {
-  typedef typename Step<W, X>::Row Row;
-  std::vector<Row> wide(std::is_same_v<Row, X> ? 0 : rows * inputs);
-  for (size_t i = 0; i < wide.size(); ++i) wide[i] = static_cast<Row>(x[i]);
-  const Row* in = wide.empty() ? reinterpret_cast<const Row*>(x) : wide.data();
-  const int64_t grain = std::max<int64_t>(2, 131072 / (rows * inputs + 1));
-  at::parallel_for(0, outputs, grain, [&](int64_t n, int64_t end) {
-    // Where little is computed with a number the matrix is best read from its beginning to its end; else several of its
-    // rows at a time save loads, and hide how long a sum of int8 takes.
-    if (rows > 4 || sizeof(W) == 1)
-      for (; n + BLOCK <= end; n += BLOCK) all<BLOCK>(w, scales, in, y, n, rows, inputs, outputs);
-    for (; n < end; ++n) all<1>(w, scales, in, y, n, rows, inputs, outputs);
-  });
-}
-
-template <typename X>
-void multiply_by(const at::Tensor& weight, const std::optional<at::Tensor>& scales, const X* x, X* y, int64_t rows) {
-  const int64_t inputs = weight.size(1), outputs = weight.size(0);
-  if (weight.scalar_type() == at::kChar && scales->scalar_type() == at::kFloat)
-    multiply(weight.const_data_ptr<int8_t>(), scales->const_data_ptr<float>(), x, y, rows, inputs, outputs);
-  else if (weight.scalar_type() == at::kChar)
-    multiply(weight.const_data_ptr<int8_t>(), scales->const_data_ptr<at::BFloat16>(), x, y, rows, inputs, outputs);
-  else if (weight.scalar_type() == at::kBFloat16)
-    multiply(weight.const_data_ptr<at::BFloat16>(), static_cast<const float*>(nullptr), x, y, rows, inputs, outputs);
-  else
-    multiply(weight.const_data_ptr<float>(), static_cast<const float*>(nullptr), x, y, rows, inputs, outputs);
-}
-
-// x [M, in] times the transpose of weight [out, in] (float32, bfloat16, or int8 with scales [out]).
-at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales) {
-  TORCH_CHECK(weight.is_contiguous() && weight.size(1) % (2 * WIDE) == 0, "few_rows: a contiguous matrix of 32 n inputs");
-  const at::Tensor rows = x.contiguous();
-  const at::Tensor y = at::empty({rows.size(0), weight.size(0)}, rows.options());
-  if (rows.scalar_type() == at::kBFloat16)
-    multiply_by(weight, scales, rows.const_data_ptr<at::BFloat16>(), y.mutable_data_ptr<at::BFloat16>(), rows.size(0));
-  else
-    multiply_by(weight, scales, rows.const_data_ptr<float>(), y.mutable_data_ptr<float>(), rows.size(0));
-  return y;
-}
-
 // e^x for x <= 0: 2^n by the exponent's bits, the rest by a polynomial of degree 6.
 inline Floats exponential(Floats x) {
   const Floats low = Floats{} - 87.0f;
@@ -248,33 +348,47 @@ inline Floats exponential(Floats x) {
 template <int N, typename T>
 void attend(const T* q, const T* k, const T* v, T* y, int64_t first, int64_t last, std::vector<float>& weights) {
   constexpr int64_t width = N * WIDE;
+  const Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   Floats query[N];
   for (int i = 0; i < N; ++i) query[i] = load(q + i * WIDE) * scale;
   const int64_t count = last - first, padded = (count + WIDE - 1) / WIDE * WIDE;
   weights.assign(padded, -INFINITY);
-  float most = -INFINITY;
-  for (int64_t c = 0; c < count; ++c) {
+  k += first * width;
+  v += first * width;
+  const auto score = [&](int64_t c) {
     Floats sum{};
-    for (int i = 0; i < N; ++i) sum += query[i] * load(k + (first + c) * width + i * WIDE);
-    weights[c] = total(sum);
-    most = std::max(most, weights[c]);
+    for (int i = 0; i < N; ++i) sum += query[i] * load(k + c * width + i * WIDE);
+    __builtin_prefetch(v + c * width);
+    return sum;
+  };
+  int64_t c = 0;
+  for (; c + 4 <= count; c += 4) {
+    const Four four = totals(score(c), score(c + 1), score(c + 2), score(c + 3));
+    std::memcpy(weights.data() + c, &four, sizeof four);
   }
+  for (; c < count; ++c) weights[c] = total(score(c));
+  Floats high = load(weights.data());
+  for (int64_t at = WIDE; at < padded; at += WIDE) {
+    const Floats other = load(weights.data() + at);
+    high = other > high ? other : high;
+  }
+  float most = high[0];
+  for (int64_t i = 1; i < WIDE; ++i) most = std::max(most, high[i]);
   Floats sums{};
-  for (int64_t c = 0; c < padded; c += WIDE) {
-    Floats e = exponential(load(weights.data() + c) - most);
-    for (int64_t i = 0; i < WIDE; ++i)
-      if (c + i >= count) e[i] = 0;
-    sums += e;
-    std::memcpy(weights.data() + c, &e, sizeof e);
+  for (int64_t at = 0; at < padded; at += WIDE) {
+    const Integers there = lane < static_cast<int32_t>(count - at);
+    const Floats e = exponential(load(weights.data() + at) - most);
+    const Floats kept = there ? e : Floats{};
+    sums += kept;
+    store(weights.data() + at, kept);
   }
   Floats out[N];
   for (int i = 0; i < N; ++i) out[i] = Floats{};
-  for (int64_t c = 0; c < count; ++c)
-    for (int i = 0; i < N; ++i) out[i] += weights[c] * load(v + (first + c) * width + i * WIDE);
+  for (int64_t at = 0; at < count; ++at)
+    for (int i = 0; i < N; ++i) out[i] += weights[at] * load(v + at * width + i * WIDE);
   const float norm = 1.0f / total(sums);
-  for (int i = 0; i < N; ++i)
-    for (int64_t e = 0; e < WIDE; ++e) y[i * WIDE + e] = static_cast<T>(out[i][e] * norm);
+  for (int i = 0; i < N; ++i) store(y + i * WIDE, out[i] * norm);
 }
 
 template <typename T>
@@ -329,6 +443,6 @@ at::Tensor filled_rows(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(functional_lm, CPU, library) {
-  library.impl("few_rows", &few_rows);
+  library.impl("product", &product);
   library.impl("filled_rows", &filled_rows);
 }

@@ -130,7 +130,7 @@ def attention(
     if cache is not None:
         cache = {"k": write(cache["k"], new_key, context.rows), "v": write(cache["v"], value, context.rows)}
         new_key, value = cache["k"], cache["v"]
-        if kernels.FEW in params["o_proj"] and kernels.attends(query):
+        if kernels.BLOCKS in params["o_proj"] and kernels.attends(query):
             assert context.rows is not None
             y = kernels.filled_rows(query[..., 0, :], new_key, value, context.rows[:, 0], config.sliding_window)
             return linear(params["o_proj"], y.flatten(-2)[..., None, :]), cache

@@ -10,7 +10,7 @@ or without an adapter beside it:
                                                        the input takes entry `lora_index[b]` (`lora_gain [N, out]`
                                                        stands for the magnitudes)
 
-    few_rows                                           a mark: a kernel of `kernels` multiplies a few rows
+    blocks [N, in/p, 32, p], outputs [out, 0]          instead of `weight`: the order of the kernels of `kernels`
 
 Which leaves are there decides what is computed; there is no wrapper class and no flag.
 """
@@ -46,18 +46,16 @@ def linear(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]
 def base(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
     """The product by the weight's format."""
     bias = params.get("bias")
-    if packed.is_quantized(params):
-        y = packed.product(params, x)
-        return y if bias is None else y + bias.to(x.dtype)
-    if kernels.few(params, x):
-        y = kernels.few_rows(x, params["weight"])
+    if kernels.BLOCKS in params or packed.is_quantized(params):
+        y = kernels.multiplied(params, x) if kernels.BLOCKS in params else packed.product(params, x)
         return y if bias is None else y + bias.to(x.dtype)
     return F.linear(x, params["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def precision(params: Tree) -> torch.dtype:
     """The dtype in which a matrix gives its numbers: of an embedding, that of the residual stream."""
-    dtype: torch.dtype = params["scales" if packed.is_quantized(params) else "weight"].dtype
+    name = next(name for name in ("scales", kernels.BLOCKS, "weight") if name in params)
+    dtype: torch.dtype = params[name].dtype
     return dtype
 
 
@@ -118,8 +116,15 @@ def row_gain(params: Tree) -> Tensor | None:
 
 def row_norm(params: Tree) -> Float[Tensor, "out"]:
     """The Euclidean length of each row of W + scale B A, float32."""
-    weight = packed.dequantize(params) if packed.is_quantized(params) else params["weight"].float()
-    return (weight + product(params)).norm(dim=-1)
+    return (matrix(params) + product(params)).norm(dim=-1)
+
+
+def matrix(params: Tree) -> Float[Tensor, "out in"]:
+    """W in float32, in whatever form the leaves hold it."""
+    if kernels.BLOCKS in params:
+        whole = kernels.whole(params[kernels.BLOCKS], outputs := params[kernels.OUTPUTS].shape[0]).float()
+        return whole * params["scales"][:outputs, None].float() if "scales" in params else whole
+    return packed.dequantize(params) if packed.is_quantized(params) else params["weight"].float()
 
 
 def product(params: Tree) -> Float[Tensor, "out in"]:
@@ -141,7 +146,10 @@ def embed(params: Tree, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
 
     For an embedding the matrix is used transposed ([in=V] -> [out=D]), so `lora_A [R, V]`, `lora_B [D, R]`.
     """
-    x = packed.rows(params, tokens) if packed.is_quantized(params) else F.embedding(tokens, params["weight"])
+    if kernels.BLOCKS in params:
+        x = kernels.rows(params, tokens)
+    else:
+        x = packed.rows(params, tokens) if packed.is_quantized(params) else F.embedding(tokens, params["weight"])
     if "lora_index" in params:
         _, b, scale = chosen(params)
         row = params["lora_index"].reshape(-1, *[1] * (tokens.dim() - 1))

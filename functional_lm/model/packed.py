@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from functional_lm import kernels
 from functional_lm.model.norm import wide
 from functional_lm.tree import Tree
 
@@ -120,10 +119,6 @@ def product(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"
     """x Wᵀ of a quantised W, in x's dtype."""
     if "grids" in params:
         return _int4_kernel(params["packed"], params["grids"].to(x.dtype), x)
-    if kernels.few(params, x):
-        whole = kernels.matrix(params)
-        assert whole is not None
-        return kernels.few_rows(x, whole, params["scales"])
     scales = params["scales"].to(x.dtype)
     if "packed" in params and x.numel() <= FEW * x.shape[-1]:
         rows = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), params["packed"], scales)
