@@ -24,7 +24,8 @@ from functional_lm.errors import UsageError
 # factory share the count, so that a process that trains several configurations needs room.
 VARIANTS = 256
 
-INDUCTOR: dict[str, Any] = {}
+# Checks of strides in front of every kernel, from Python: the shapes are static, and the kernels check theirs.
+INDUCTOR: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 
 # Inductor adds up an embedding's gradient with atomic additions, whose order, and so whose last bits, are another at
 # every call on two threads. torch's own kernel gives each thread rows of its own. The tag keeps apart what was cached.
@@ -73,7 +74,7 @@ def _compile(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
         decomposition.decompositions.pop(operation, None)
     torch.compiler.config.cache_key_tag = TAG
     options = {**INDUCTOR, "guard_filter_fn": compile_store.of_tensors}
-    again = torch.compile(function, fullgraph=True, dynamic=False, options=INDUCTOR or None)
+    again = torch.compile(function, fullgraph=True, dynamic=False, options=INDUCTOR)
     first = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     return compile_store.stored(first, again, function)
 

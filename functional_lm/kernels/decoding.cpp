@@ -27,6 +27,7 @@ namespace {
 constexpr int64_t WIDE = 16;
 constexpr int64_t BLOCK = 32;      // outputs of a block
 constexpr int64_t AHEAD = 4096;    // bytes that are asked for before they are needed (measured)
+constexpr int64_t NEXT = 16;       // cache rows that are
 constexpr int64_t WHOLE = 127;     // the largest whole number of a quantised matrix
 typedef float Floats __attribute__((vector_size(64)));
 typedef float Four __attribute__((vector_size(16)));
@@ -344,9 +345,17 @@ inline Floats exponential(Floats x) {
   return y * power;
 }
 
-// One query head over rows [first, last) of one slot's keys and values; N vectors of 16 a row.
+// Ask for a row of N vectors before it is needed: what is read once and in short pieces, the hardware does not foresee.
 template <int N, typename T>
-void attend(const T* q, const T* k, const T* v, T* y, int64_t first, int64_t last, std::vector<float>& weights) {
+inline void ask(const T* row) {
+  for (int64_t i = 0; i < N * WIDE; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+}
+
+// One query head over rows [first, last) of one slot's keys and values; N vectors of 16 a row. `next`: the keys that are
+// read afterwards.
+template <int N, typename T>
+void attend(
+    const T* q, const T* k, const T* v, T* y, int64_t first, int64_t last, const T* next, std::vector<float>& weights) {
   constexpr int64_t width = N * WIDE;
   const Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
@@ -359,7 +368,8 @@ void attend(const T* q, const T* k, const T* v, T* y, int64_t first, int64_t las
   const auto score = [&](int64_t c) {
     Floats sum{};
     for (int i = 0; i < N; ++i) sum += query[i] * load(k + c * width + i * WIDE);
-    __builtin_prefetch(v + c * width);
+    ask<N>(k + (c + NEXT) * width);
+    ask<N>(v + c * width);
     return sum;
   };
   int64_t c = 0;
@@ -385,8 +395,10 @@ void attend(const T* q, const T* k, const T* v, T* y, int64_t first, int64_t las
   }
   Floats out[N];
   for (int i = 0; i < N; ++i) out[i] = Floats{};
-  for (int64_t at = 0; at < count; ++at)
+  for (int64_t at = 0; at < count; ++at) {
+    ask<N>(next + at * width);
     for (int i = 0; i < N; ++i) out[i] += weights[at] * load(v + at * width + i * WIDE);
+  }
   const float norm = 1.0f / total(sums);
   for (int i = 0; i < N; ++i) store(y + i * WIDE, out[i] * norm);
 }
@@ -408,7 +420,8 @@ void attend_all(
       const int64_t rows = (slot * shared + head) * length * width;
       const auto one = [&](auto n) {
         attend<decltype(n)::value>(
-            query + i * width, key + rows, value + rows, result + i * width, first, last, weights);
+            query + i * width, key + rows, value + rows, result + i * width, first, last, key + rows + length * width,
+            weights);
       };
       switch (width / WIDE) {
         case 1: one(std::integral_constant<int, 1>{}); break;
