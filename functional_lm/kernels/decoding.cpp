@@ -348,7 +348,7 @@ inline Floats exponential(Floats x) {
 // Ask for a row of N vectors before it is needed: what is read once and in short pieces, the hardware does not foresee.
 template <int N, typename T>
 inline void ask(const T* row) {
-  for (int64_t i = 0; i < N * WIDE; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+  for (int64_t i = 0; i < N * WIDE; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
 }
 
 // One query head over rows [first, last) of one slot's keys and values; N vectors of 16 a row. `next`: the keys that are
