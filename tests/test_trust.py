@@ -151,6 +151,22 @@ def test_harmless_flags_are_taken(run: Path, copy: Path, text: Path) -> None:
     assert contents(copy)["model.safetensors"] == contents(run)["model.safetensors"]
 
 
+def test_a_file_may_be_named_in_another_way(
+    run: Path, copy: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_back(copy, 8)
+    monkeypatch.chdir(text.parent)
+    other = text.with_name("other.txt")
+    other.write_text("another text altogether")
+    try:
+        assert pretrain(data=other.name, out=copy, **QUIET) == 2
+        assert f"(--data was {text}, is {other.name})" in one_line(capsys)
+    finally:
+        other.unlink()
+    assert pretrain(data=f"./{text.name}", out=f"{copy}/", **QUIET) == 0
+    assert contents(copy)["model.safetensors"] == contents(run)["model.safetensors"]
+
+
 def test_another_length_of_an_unfinished_run_is_refused(
     copy: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
