@@ -59,7 +59,7 @@ def held(out: Path) -> Iterator[None]:
             try:
                 yield
             except FunctionalLMError:
-                if fresh and not (out / "metrics.jsonl").exists():
+                if fresh and out.is_dir() and not (out / "metrics.jsonl").exists():
                     _clear(out)
                 _restore(out)
                 raise
