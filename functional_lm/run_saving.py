@@ -22,7 +22,8 @@ class Trouble:
     """What `--on_save_error` says to do about a disk that is full, broken or gone; each kind is said once."""
 
     def __init__(self, flags: TrainingFlags, what: str) -> None:
-        self._stop, self._what, self._said = flags.on_save_error == "stop", what, ""
+        self._stop, self._what = flags.on_save_error == "stop", what
+        self._said: set[str] = set()
 
     def __call__(self, error: OSError) -> None:
         where = f"{error.filename}: " if error.filename else ""
@@ -32,9 +33,9 @@ class Trouble:
                 f"{line}; what was saved before is whole: the same command goes on from there when the disk is well "
                 "again, and --on_save_error continue trains on without"
             ) from error
-        if line != self._said:
+        if line not in self._said:
             console.say(f"{line}; training goes on without it")
-        self._said = line
+        self._said.add(line)
 
 
 @contextmanager
