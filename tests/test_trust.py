@@ -24,6 +24,8 @@ from functional_lm.cli import flags_of
 from functional_lm.disk import Operation
 from functional_lm.errors import DataError
 from functional_lm.model import transformer
+from functional_lm.pretraining_flags import TrainOptions
+from functional_lm.run_saving import Trouble
 from functional_lm.text import dataset
 from functional_lm.training import checkpoint, step
 
@@ -268,6 +270,15 @@ def test_records_that_cannot_be_written_are_lost_or_end_the_run(
         said = capsys.readouterr()
         assert "a record of the run was lost (" in (said.err if code else said.out)
     assert [row["step"] for row in lines(tmp_path / "continue")][:10] == list(range(3, 13))
+
+
+def test_each_kind_of_trouble_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    trouble = Trouble(TrainOptions(on_save_error="continue"), "a record was lost")
+    for _ in range(3):
+        for name in ("metrics.jsonl", "training.log"):
+            trouble(OSError(errno.ENOSPC, "No space left on device", name))
+    said = [f"a record was lost ({name}: No space left on device); " for name in ("metrics.jsonl", "training.log")]
+    assert capsys.readouterr().out == "".join(f"{line}training goes on without it\n" for line in said)
 
 
 def test_each_kind_of_trouble_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
