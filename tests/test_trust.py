@@ -281,15 +281,6 @@ def test_each_kind_of_trouble_is_said_once(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == "".join(f"{line}training goes on without it\n" for line in said)
 
 
-def test_each_kind_of_trouble_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    trouble = Trouble(TrainOptions(on_save_error="continue"), "a record was lost")
-    for _ in range(3):
-        for name in ("metrics.jsonl", "training.log"):
-            trouble(OSError(errno.ENOSPC, "No space left on device", name))
-    said = [f"a record was lost ({name}: No space left on device); " for name in ("metrics.jsonl", "training.log")]
-    assert capsys.readouterr().out == "".join(f"{line}training goes on without it\n" for line in said)
-
-
 @pytest.mark.parametrize("flags", [QUIET, {"sample_tokens": 0, "patience": 9, "eval_every": 1, "save_every": 0}])
 def test_a_folder_that_is_gone_is_not_made_again(
     flags: dict[str, Any],

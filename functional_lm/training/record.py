@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -89,9 +90,10 @@ class Recorder:
 
     def _append(self, file: IO[str], line: str) -> None:
         """A line; what is left of one that failed before is ended first."""
+        before = os.fstat(file.fileno()).st_size
         if self._try(lambda: file.write(("\n" if file in self._torn else "") + line + "\n")):
             self._torn.discard(file)
-        else:
+        elif os.fstat(file.fileno()).st_size > before:
             self._torn.add(file)
 
     def _try(self, write: Callable[[], object]) -> bool:
