@@ -11,6 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,7 @@ from functional_lm.adaptation_flags import (
     LoraOptions,
 )
 from functional_lm.cli import Command, main_single
-from functional_lm.errors import UsageError
+from functional_lm.errors import DataError, UsageError
 from functional_lm.model import config as model_config
 
 if TYPE_CHECKING:
@@ -120,7 +121,10 @@ def _chats(options: Options, model: Model, found: Corpus) -> Data:
 
     parts = supervised.split(conversations.read(found), options.val_fraction, options.seed)
     size = options.batch_size
-    made = [supervised.samples(model.tokenizer, part, options.block_size) if part else None for part in parts]
+    made: list[Samples | None] = []
+    for number, part in enumerate(parts):
+        with _about(number):
+            made.append(supervised.samples(model.tokenizer, part, options.block_size) if part else None)
     train, validation = (
         None if one is None else supervised.pack(one, options.block_size, options.packing) for one in made
     )
@@ -135,6 +139,17 @@ def _chats(options: Options, model: Model, found: Corpus) -> Data:
         (parts[1] or parts[0])[0],
         f"the first turns of a {'validation' if parts[1] else 'training'} conversation",
     )
+
+
+@contextmanager
+def _about(part: int) -> Iterator[None]:
+    """What is wrong with the part that is kept for validation is said to be so."""
+    try:
+        yield
+    except DataError as error:
+        if part == 0:
+            raise
+        raise DataError(f"of what is kept for validation, {error}, or another --val_fraction") from None
 
 
 def _say_chats(
@@ -162,9 +177,10 @@ def _pairs(options: Options, model: Model, found: Corpus) -> Data:
     by_first = {id(one.chosen): one for one in preferences}
     parts = supervised.split([one.chosen for one in preferences], options.val_fraction, options.seed)
     size, rows = options.batch_size, []
-    for part in parts:
+    for number, part in enumerate(parts):
         rejected = [by_first[id(one)].rejected for one in part]
-        made = supervised.pairs(model.tokenizer, part, rejected, options.block_size) if part else None
+        with _about(number):
+            made = supervised.pairs(model.tokenizer, part, rejected, options.block_size) if part else None
         rows.append(None if made is None else supervised.pack(made, options.block_size, packing=False))
     train, validation = rows
     assert train is not None

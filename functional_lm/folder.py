@@ -20,11 +20,13 @@ from functional_lm.model.families import OURS, to_hugging_face
 from functional_lm.model.quantize import Plan
 from functional_lm.model.transformer import abstract
 from functional_lm.text import tokenizer as tokenizers
+from functional_lm.text.byte_pairs import BytePairTokenizer
 from functional_lm.text.interface import END
 from functional_lm.text.tokenizer import Tokenizer
 from functional_lm.tree import Tree
 
-QUANTIZATION = "quantization"  # the key of config.json that records it
+# Keys of config.json: how the weights are quantised, and the digest of the tokenizer that the model learned with.
+QUANTIZATION, TOKENIZER = "quantization", "tokenizer_sha256"
 
 
 class Model(NamedTuple):
@@ -60,12 +62,27 @@ def load(
     if dtype is not None:
         params = tree.cast(params, dtype)
     tokenizer = tokenizers.load(folder)
+    check_tokenizer(tokenizer, config, folder)
+    return Model(params, config, tokenizer)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+    """Raise DataError for a tokenizer in a model's folder that is not the model's own.
+
+    Another program that writes the folder again may lay a tokenizer.json out in its own way: such a one is judged by
+    its size alone.
+    """
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
             "they do not belong together"
         )
-    return Model(params, config, tokenizer)
+    recorded = model_config.read_object(folder / "config.json").get(TOKENIZER)
+    if recorded not in (None, tokenizer.digest) and not isinstance(tokenizer, BytePairTokenizer):
+        raise DataError(
+            f"{folder}: its tokenizer is another one ({tokenizer.digest[:12]}) than the model learned with "
+            f"({str(recorded)[:12]}); put that one back"
+        )
 
 
 def read_plan(folder: str | Path) -> Plan | None:
@@ -137,4 +154,5 @@ def save_description(
     ends = [tokenizer.eos_id, *(tokenizer.special_ids[name] for name in (END,) if name in tokenizer.special_ids)]
     files.write_json(folder / "generation_config.json", {**special, "eos_token_id": ends if ends[1:] else ends[0]})
     written = to_hugging_face(config, special, str(dtype).removeprefix("torch."), OURS if plan else family)
+    written[TOKENIZER] = tokenizer.digest
     files.write_json(folder / "config.json", {**written, QUANTIZATION: plan.to_json()} if plan else written)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from functional_lm.text.tokenizer import Tokenizer
 
 LOCK, REPLACED = ".lock", ".replaced"
+NAMES_FILES = ("data", "model", "tokenizer", "config")  # flags whose value names files or folders
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
 
@@ -58,7 +59,7 @@ def held(out: Path) -> Iterator[None]:
             try:
                 yield
             except FunctionalLMError:
-                if fresh and not (out / "metrics.jsonl").exists():
+                if fresh and out.is_dir() and not (out / "metrics.jsonl").exists():
                     _clear(out)
                 _restore(out)
                 raise
@@ -139,8 +140,22 @@ def _differences(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Ma
         before, now = ({**values, "block_size": None} for values in (before, now))
     if flags.device != "cpu":
         before, now = ({**values, "threads": None} for values in (before, now))
-    changes = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    names = sorted(before.keys() | now.keys())
+    changes = [name for name in names if not _same(name, before.get(name), now.get(name))]
     return [f"--{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}" for name in changes]
+
+
+def _same(name: str, before: Any, now: Any) -> bool:
+    """Whether a flag says what it said; a file or folder may be written in another way."""
+    if before == now or name not in NAMES_FILES or not (isinstance(before, str) and isinstance(now, str)):
+        return bool(before == now)
+    return _places(before) == _places(now)
+
+
+def _places(value: str) -> list[str]:
+    """The parts of a `PATH[=WEIGHT],...`, those that are there by their one true name."""
+    parts = (part.rpartition("=") if "=" in part else (part, "", "") for part in value.split(","))
+    return [f"{os.path.realpath(path) if os.path.exists(path) else path}{sign}{rest}" for path, sign, rest in parts]
 
 
 def fixed(flags: TrainingFlags) -> dict[str, Any]:

@@ -22,7 +22,8 @@ class Trouble:
     """What `--on_save_error` says to do about a disk that is full, broken or gone; each kind is said once."""
 
     def __init__(self, flags: TrainingFlags, what: str) -> None:
-        self._stop, self._what, self._said = flags.on_save_error == "stop", what, ""
+        self._stop, self._what = flags.on_save_error == "stop", what
+        self._said: set[str] = set()
 
     def __call__(self, error: OSError) -> None:
         where = f"{error.filename}: " if error.filename else ""
@@ -32,9 +33,9 @@ class Trouble:
                 f"{line}; what was saved before is whole: the same command goes on from there when the disk is well "
                 "again, and --on_save_error continue trains on without"
             ) from error
-        if line != self._said:
+        if line not in self._said:
             console.say(f"{line}; training goes on without it")
-        self._said = line
+        self._said.add(line)
 
 
 @contextmanager
@@ -49,8 +50,7 @@ def saving(flags: TrainingFlags, job: Job, out: Path, trouble: Trouble) -> Itera
     whole = Verified(checkpoint.reason)
 
     def write(state: TrainState, memory: Mapping[str, Any]) -> None:
-        if not out.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(out))
+        check_there(out)
         config = None if job.members or job.written else job.config
         beside = job.written.save if job.written else None
         path = checkpoint.save(out / "checkpoints", state, config, job.tokenizer, memory, beside, job.record)
@@ -66,6 +66,12 @@ def saving(flags: TrainingFlags, job: Job, out: Path, trouble: Trouble) -> Itera
         raise
     with troubled(trouble):
         saver.wait()
+
+
+def check_there(out: Path) -> None:
+    """Raise FileNotFoundError for a run folder that has vanished: nothing makes it again."""
+    if not out.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(out))
 
 
 @contextmanager

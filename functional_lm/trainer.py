@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm import console, files, run_folder
 from functional_lm.errors import FunctionalLMError
-from functional_lm.run_saving import Trouble, saving, troubled
+from functional_lm.run_saving import Trouble, check_there, saving, troubled
 from functional_lm.training_flags import TrainingFlags
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def _train(
         losses = [job.measure(params, flags.eval_batches).loss for params in members(state, job)]
         if flags.patience and best.observe(loop.steps_taken(state), losses[0]):
             with troubled(trouble):
+                check_there(out)
                 _keep(out / "best", state.best_params, job)
         return {"val_loss": losses if job.members else losses[0]}
 

@@ -24,6 +24,7 @@ HARMLESS = {"cli.py": {"os.open"}, "disk.py": {"*"}}
 OS = ("open", "replace", "rename", "renames", "remove", "unlink", "rmdir", "removedirs", "mkdir", "makedirs", "fsync")
 OS += ("truncate", "ftruncate", "write", "link", "symlink")
 METHODS = ("write_text", "write_bytes", "unlink", "rmdir", "mkdir", "touch", "rename", "symlink_to", "hardlink_to")
+LIBRARIES = ("save_file", "FileHandler", "savez", "tofile", "memmap", "SummaryWriter", "EventFileWriter")
 MODULES = {"shutil": ("rmtree", "copy", "copy2", "copyfile", "copytree", "move"), "os": OS}
 
 
@@ -42,6 +43,8 @@ def doors(source: str) -> Iterator[tuple[int, str]]:
         reads = all(isinstance(mode, ast.Constant) and set(str(mode.value)) <= set("rbt") for mode in modes)
         if isinstance(called, ast.Name) and called.id == "open" and not reads:
             yield node.lineno, "open"
+        if isinstance(called, ast.Name) and called.id in LIBRARIES:
+            yield node.lineno, called.id
         if isinstance(called, ast.Attribute):
             base = called.value.id if isinstance(called.value, ast.Name) else ""
             if base in ("disk", "files"):
@@ -50,7 +53,7 @@ def doors(source: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{base}.{called.attr}"
             elif called.attr in METHODS:
                 yield node.lineno, called.attr
-            elif called.attr in ("save_file", "FileHandler", "savez", "tofile", "memmap"):
+            elif called.attr in LIBRARIES:
                 maps = called.attr == "memmap" and any(
                     isinstance(a, ast.Constant) and a.value == "r" for a in node.args
                 )
@@ -73,8 +76,9 @@ def test_the_package_changes_the_disk_through_one_door() -> None:
 def test_the_walk_sees_what_it_should() -> None:
     bad = (
         "open(p, 'w'); open(p, mode='ab'); os.replace(a, b); p.write_text(t); shutil.rmtree(p); p.unlink(); f.tofile(p)"
+        "; SummaryWriter(p)"
     )
-    assert len(list(doors(bad))) == 7
+    assert len(list(doors(bad))) == 8
     assert not list(
         doors("""open(p); open(p, "rb"); p.read_text(); np.memmap(p, t, "r", 0, (n,)); "a".replace("b", "")""")
     )

@@ -156,6 +156,33 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("verb", ["finetune", "dpo"])
+def test_what_is_wrong_with_the_validation_part_is_said_to_be_so(
+    verb: str, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Every tenth row is too long: of one row for validation there is a seed that draws such a one."""
+    rows = [{"prompt": f"{i}?", "response": "a" * (90 if i == 0 else 1)} for i in range(10)]
+    pairs = [{**row, "chosen": row["response"], "rejected": "no"} for row in rows]
+    name = {"finetune": "chats.jsonl", "dpo": "pairs.jsonl"}[verb]
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in (rows if verb == "finetune" else pairs)))
+    seed = next(seed for seed in range(99) if _kept(10, 0.1, seed) == [0])
+    out = tmp_path / "out"
+    assert adapt(verb, base, tmp_path, out, val_fraction=0.1, seed=seed) == 1
+    error = capsys.readouterr().err
+    assert "of what is kept for validation, none of the 1 " in error
+    assert error.endswith("give a larger --block_size, or another --val_fraction\n")
+    assert not out.exists()
+
+
+def _kept(count: int, fraction: float, seed: int) -> list[int]:
+    """The numbers of the rows that are kept for validation."""
+    from functional_lm.text import supervised
+    from functional_lm.text.conversations import Conversation
+
+    rows = [Conversation((), str(i)) for i in range(count)]
+    return [int(row.where) for row in supervised.split(rows, fraction, seed)[1]]
+
+
 def test_a_vocabulary_without_markers_is_refused() -> None:
     made = tokenizers.train(["x"], "bytes")
     conversations.require_markers(made, "m")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from strategies import SEEDS, configs, weights
 import functional_lm
 from functional_lm import folder, keys, tree
 from functional_lm.errors import DataError
+from functional_lm.interop import hugging_face
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.families import family_of
 from functional_lm.model.transformer import init
@@ -162,6 +164,22 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path, bpe
     folder.save(tmp_path, init(config, keys.key(0)), config, bpe)
     with pytest.raises(DataError, match=f"the tokenizer has {bpe.vocab_size} ids and the model {bpe.vocab_size - 1}"):
         folder.load(tmp_path)
+
+
+def test_a_tokenizer_of_the_right_size_that_is_another_is_refused(
+    saved: tuple[Path, Tree, ModelConfig], bpe: Tokenizer, tmp_path: Path
+) -> None:
+    """Every id would be valid and mean something else."""
+    other = tokenizers.train([TEXT[::-1] * 20], vocab_size=290)
+    assert (other.vocab_size, other.digest != bpe.digest) == (bpe.vocab_size, True)
+    other.save(saved[0])
+    said = f"its tokenizer is another one ({other.digest[:12]}) than the model learned with ({bpe.digest[:12]})"
+    with pytest.raises(DataError, match=re.escape(said)):
+        folder.load(saved[0])
+    with pytest.raises(DataError, match=re.escape(said)):
+        hugging_face.export(saved[0], tmp_path / "exported")
+    bpe.save(saved[0])
+    assert folder.load(saved[0]).tokenizer.digest == bpe.digest
 
 
 def test_load_loss_and_gradient_are_three_lines(saved: tuple[Path, Tree, ModelConfig]) -> None:

@@ -234,3 +234,11 @@ def test_an_adapter_of_the_input_alone_is_refused_where_it_is_the_output_too(tmp
     ours.save(tmp_path, adapter, how, PARAMS)
     with pytest.raises(DataError, match="adapts this model's embedding and not its output"):
         flm.load_adapter(tmp_path, TIED, any_base=True)
+
+
+def test_a_pickled_adapter_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
+    made, how = trained(TARGETS["attention"], False, False)
+    ours.save(tmp_path, made, how, PARAMS)
+    (tmp_path / ours.WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(DataError, match=r"adapter_model\.bin is a pickle, .* never opened; .*save_pretrained\(OTHER\)"):
+        ours.load_adapter(tmp_path, PARAMS)

@@ -27,7 +27,7 @@ SAID = WORDS.map(lambda text: text.encode("utf-8", "replace").decode())
 def chats(draw: st.DrawFn) -> Conversation:
     turns = [Turn("system", draw(SAID))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 4))):
-        turns += [Turn("user", draw(SAID)), Turn("assistant", draw(SAID.filter(bool)))]
+        turns += [Turn("user", draw(SAID)), Turn("assistant", draw(SAID.filter(str.strip)))]
     return Conversation((*turns, Turn("user", "and?")) if draw(st.booleans()) else tuple(turns), "here")
 
 
@@ -148,6 +148,8 @@ def test_every_form_gives_the_same_turns(tmp_path: Path, row: dict[str, Any], su
         ),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "line 2: turn 2, the assistant's, is empty"),
         ({"prompt": "x", "response": ""}, "line 2: turn 2, the assistant's, is empty"),
+        ({"prompt": "x", "response": " \n"}, "line 2: turn 2, the assistant's, is empty"),
+        ({"prompt": "x", "response": "\ud800"}, "line 2: turn 2: character 0 (U+D800) is half of a surrogate pair"),
         ({"messages": [USER]}, "line 2: the assistant says nothing"),
         ({"messages": []}, "line 2: the assistant says nothing"),
         ({"messages": "x"}, "line 2: field 'messages' is no conversation"),

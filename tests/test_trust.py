@@ -24,6 +24,8 @@ from functional_lm.cli import flags_of
 from functional_lm.disk import Operation
 from functional_lm.errors import DataError
 from functional_lm.model import transformer
+from functional_lm.pretraining_flags import TrainOptions
+from functional_lm.run_saving import Trouble
 from functional_lm.text import dataset
 from functional_lm.training import checkpoint, step
 
@@ -151,6 +153,22 @@ def test_harmless_flags_are_taken(run: Path, copy: Path, text: Path) -> None:
     assert contents(copy)["model.safetensors"] == contents(run)["model.safetensors"]
 
 
+def test_a_file_may_be_named_in_another_way(
+    run: Path, copy: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_back(copy, 8)
+    monkeypatch.chdir(text.parent)
+    other = text.with_name("other.txt")
+    other.write_text("another text altogether")
+    try:
+        assert pretrain(data=other.name, out=copy, **QUIET) == 2
+        assert f"(--data was {text}, is {other.name})" in one_line(capsys)
+    finally:
+        other.unlink()
+    assert pretrain(data=f"./{text.name}", out=f"{copy}/", **QUIET) == 0
+    assert contents(copy)["model.safetensors"] == contents(run)["model.safetensors"]
+
+
 def test_another_length_of_an_unfinished_run_is_refused(
     copy: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,8 +272,22 @@ def test_records_that_cannot_be_written_are_lost_or_end_the_run(
     assert [row["step"] for row in lines(tmp_path / "continue")][:10] == list(range(3, 13))
 
 
+def test_each_kind_of_trouble_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    trouble = Trouble(TrainOptions(on_save_error="continue"), "a record was lost")
+    for _ in range(3):
+        for name in ("metrics.jsonl", "training.log"):
+            trouble(OSError(errno.ENOSPC, "No space left on device", name))
+    said = [f"a record was lost ({name}: No space left on device); " for name in ("metrics.jsonl", "training.log")]
+    assert capsys.readouterr().out == "".join(f"{line}training goes on without it\n" for line in said)
+
+
+@pytest.mark.parametrize("flags", [QUIET, {"sample_tokens": 0, "patience": 9, "eval_every": 1, "save_every": 0}])
 def test_a_folder_that_is_gone_is_not_made_again(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: dict[str, Any],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, plain = tmp_path / "run", dataset.batch
 
@@ -265,9 +297,8 @@ def test_a_folder_that_is_gone_is_not_made_again(
         return plain(view, number, *rest)
 
     monkeypatch.setattr(dataset, "batch", vanishing)
-    assert pretrain(data=text, out=out, **QUIET) == 1
-    line = one_line(capsys)  # whichever write comes first, that of a checkpoint or that of a line of metrics
-    assert "the run folder is gone" in line or f"{out}: No such file" in line
+    assert pretrain(data=text, out=out, **flags) == 1
+    assert f"the checkpoint was not written ({out}: the run folder is gone)" in one_line(capsys)
     assert not out.exists()
 
 

@@ -112,11 +112,7 @@ def examine(path: str | Path) -> Foreign:
     by_place = {place: stored[name] for place, name in names.items()}
     described = _fit(by_place, wanted, config, path)
     tokenizer = tokenizers.load(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise DataError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
-            "they do not belong together"
-        )
+    folder.check_tokenizer(tokenizer, config, path)
     sources = {ours: (layout, i) for layout in wanted for i, ours in enumerate(layout.ours)}
 
     def read(name: str) -> Tensor:

@@ -11,7 +11,8 @@ REQUIRED = object()
 # Keys that change no logits, whatever they are: names, ids, precision, and settings of training, heads and outputs.
 HARMLESS = frozenset({
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
-    "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "pretraining_tp",
+    "tokenizer_class", "tokenizer_sha256", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "pretraining_tp",
     "task_specific_params", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states",
     "output_scores", "problem_type", "finetuning_task", "is_decoder", "classifier_dropout", "summary_type",
     "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",

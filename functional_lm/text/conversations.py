@@ -124,13 +124,20 @@ def checked(turns: list[Turn], where: str) -> Conversation:
             continue
         if role != expected:
             raise DataError(f"{where}: turn {number} is the {role}'s where the {expected}'s was due")
-        if role == "assistant" and not content:
+        if role == "assistant" and not content.strip():
             raise DataError(f"{where}: turn {number}, the assistant's, is empty; give it words or leave it out")
-        utf8(content)
+        _text(content, f"{where}: turn {number}")
         expected = "assistant" if role == "user" else "user"
     if not any(role == "assistant" for role, _ in turns):
         raise DataError(f"{where}: the assistant says nothing; there is nothing to learn")
     return Conversation(tuple(turns), where)
+
+
+def _text(content: str, where: str) -> None:
+    try:
+        utf8(content)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def require_markers(tokenizer: Tokenizer, what: str) -> None:

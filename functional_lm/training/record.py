@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import IO, Any, Protocol
 
 from functional_lm import files
 from functional_lm.errors import UsageError
+from functional_lm.training.board import Board
 
 Value = float | list[float]
 Values = Mapping[str, Value]
@@ -42,14 +44,14 @@ class Recorder:
         also: Sink | None = None,
         trouble: Callable[[OSError], None] | None = None,
     ) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._also, self._trouble, self._torn = also, trouble, False
+        self._also, self._trouble = also, trouble
+        self._torn: set[IO[str]] = set()  # those whose last line was cut off
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         self._begin(step)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self._board = Board(folder / "tensorboard")
         self._log = files.append(folder / "training.log", anew=not step)
+        self._try(lambda: self._board.forget(step))
 
     def _begin(self, step: int) -> None:
         kept = [row for row in read(self.path) if row["step"] <= step] if step else []
@@ -70,6 +72,7 @@ class Recorder:
         """The steps past this one have not been."""
         self._lines.close()
         self._begin(step)
+        self._try(lambda: self._board.forget(step))
         self.note(why)
 
     def metrics(self, step: int, values: Values) -> None:
@@ -77,8 +80,7 @@ class Recorder:
         row = json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}})
         self._append(self._lines, row)
         flat = _flat(values)
-        for name, value in flat.items():
-            self._board.add_scalar(name, value, step)
+        self._try(lambda: self._board.scalars(step, flat))
         if self._also is not None:
             self._also.metrics(step, flat)
         self.note(f"step {step} " + " ".join(f"{name} {value:.6g}" for name, value in flat.items()))
@@ -88,18 +90,26 @@ class Recorder:
 
     def _append(self, file: IO[str], line: str) -> None:
         """A line; what is left of one that failed before is ended first."""
+        before = os.fstat(file.fileno()).st_size
+        if self._try(lambda: file.write(("\n" if file in self._torn else "") + line + "\n")):
+            self._torn.discard(file)
+        elif os.fstat(file.fileno()).st_size > before:
+            self._torn.add(file)
+
+    def _try(self, write: Callable[[], object]) -> bool:
+        """Whether it was written."""
         try:
-            file.write(("\n" if self._torn else "") + line + "\n")
-            self._torn = False
+            write()
         except OSError as error:
-            self._torn = True
             if self._trouble is None:
                 raise
             self._trouble(error)
+            return False
+        return True
 
     def text(self, step: int, name: str, text: str) -> None:
         """A sample of what the model writes."""
-        self._board.add_text(name, text, step)
+        self._try(lambda: self._board.text(step, name, text))
         if self._also is not None:
             self._also.text(step, name, text)
         self.note(f"step {step} {name}: {text!r}")
