@@ -94,6 +94,9 @@ class EvolveFlags:
     chunk_size: str = option("auto", "members computed at once; auto: what memory holds", group="Machine")
     dtype: str = option("auto", "precision of the products", choices=DTYPES, group="Machine")
     device: str = option("auto", "where to run", choices=DEVICES, group="Machine")
+    rank_timeout: float = option(
+        600.0, "seconds that a rank of torchrun waits for the others", above=0, group="Machine"
+    )
     compile: bool = option(True, "compile (eager where no C++ compiler is found)", group="Machine")
     seed: int = option(1337, "seed of every random draw", low=0, group="Strategy")
     eval_every: int = option(0, "generations between measurements on what was held out", low=0, group="Records")

@@ -15,6 +15,7 @@ from functional_lm.evolve_search import Evolution, key_of, own_numbers
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from functional_lm.evolution.population import Share
     from functional_lm.evolution.strategy import Candidates
     from functional_lm.text.corpus import Corpus
     from functional_lm.tree import Tree
@@ -26,9 +27,14 @@ class Task(NamedTuple):
     measure: Callable[[Candidates, int], Tensor]
     held_out: Callable[[Tree], float]
     tokens: int  # that a member reads and writes in a generation
+    share: Share  # of the population that `measure` measures
+    digest: str  # of the data
 
 
-def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path) -> Task:
+Divide = Callable[[int], "Share"]  # given the tokens of a member
+
+
+def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, divide: Divide) -> Task:
     from functional_lm.evolution import task
 
     rows = task.is_rows(found)
@@ -36,11 +42,11 @@ def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path
         if not rows:
             raise DataError(f"--fitness {options.fitness} scores answers; --data {options.data} has no rows of prompt "
                             "and response")  # fmt: skip
-        return _answered(options, evolution, found)
-    return _read(options, evolution, found, out, rows)
+        return _answered(options, evolution, found, divide)
+    return _read(options, evolution, found, out, rows, divide)
 
 
-def _read(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, rows: bool) -> Task:
+def _read(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, rows: bool, divide: Divide) -> Task:
     """Loss, bits or accuracy of text, or of the responses in rows."""
     import torch
 
@@ -60,16 +66,18 @@ def _read(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, 
             task.read(asked, asked.validation[at : at + size], model.tokenizer, width, device)
             for at in range(0, len(asked.validation), size)
         ][: options.eval_batches]
+        digest = asked.digest
     else:
         width = options.block_size or model.config.max_len
         if width > model.config.max_len:
             raise UsageError(f"--block_size {width} is longer than the model's max_len {model.config.max_len}")
         text = task.text(found, model, out, options.val_fraction, size, width, options.seed, device)
-        batch, held = text.batch, text.held_out(options.eval_batches)
+        batch, held, digest = text.batch, text.held_out(options.eval_batches), text.digest
     tokens = size * width
     objective = task.objective_of(options.fitness, model)
+    part = divide(tokens)
     evaluate = population.evaluator(
-        evolution.strategy, evolution.space, objective, dtype, chunk_of(options, evolution, tokens), _wrap(options)
+        evolution.strategy, evolution.space, objective, dtype, part.size, _wrap(options), part
     )
     alone = compiled(
         lambda params, batch: objective(compute_copy(params, dtype), batch),
@@ -81,10 +89,10 @@ def _read(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, 
         with torch.no_grad():
             return task.mean([alone(whole, one) for one in held])
 
-    return Task(lambda candidates, number: evaluate(candidates, batch(number)), held_out, tokens)
+    return Task(lambda candidates, number: evaluate(candidates, batch(number)), held_out, tokens, part, digest)
 
 
-def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task:
+def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus, divide: Divide) -> Task:
     """The scores of generated answers."""
     import torch
 
@@ -96,9 +104,8 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
     score, dtype = answers.named(options.fitness), getattr(torch, options.dtype)
     asked = task.questions(found, model, options.val_fraction, options.seed, options.chat, options.max_tokens)
     tokens = options.batch_size * (asked.length + options.max_tokens)
-    how = answers.Answering(
-        options.max_tokens, asked.stops, options.temperature, chunk_of(options, evolution, tokens), options.compile
-    )
+    part = divide(tokens)
+    how = answers.Answering(options.max_tokens, asked.stops, options.temperature, part.size, options.compile, part)
     answer = answers.answerer(evolution.strategy, evolution.space, model.config, how, dtype)
     draws = keys.fold_in_name(key_of(options), "answers")
 
@@ -112,7 +119,7 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
         return scored(answer(candidates, task.prompts(asked, rows, device), keys.fold_in(draws, number)), rows)
 
     single = unmoved()
-    eager = dataclasses.replace(how, compile=False, chunk=None)
+    eager = dataclasses.replace(how, compile=False, chunk=None, part=None)
     alone = answers.answerer(single, evolution.space, model.config, eager, dtype)
 
     def held_out(leaves: Tree) -> float:
@@ -122,7 +129,7 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
         one = Candidates({}, {}, tree.map(lambda leaf: leaf[None], leaves))
         return float(scored(alone(one, task.prompts(asked, rows, device), draws), rows)[0])
 
-    return Task(measure, held_out, tokens)
+    return Task(measure, held_out, tokens, part, asked.digest)
 
 
 def _wrap(options: EvolveFlags) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
