@@ -214,6 +214,7 @@ def is_complete(flags: TrainingFlags, path: Path, out: Path) -> bool:
     steps = None if flags.epochs or flags.minutes else flags.steps or training_flags.STEPS
     if summary["budget"] != asked and (steps is None or done < steps):
         return False
+    files.sweep(out)  # of a kill between the summary and the end
     loss = summary.get("val_loss")
     measured = "" if loss is None else f", validation loss {loss:.4f}"
     console.say(f"{out} is trained already: {done} steps{measured}")
