@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,8 @@ def run(options: EvolveFlags) -> int:
 
         out = Path(options.out)
         found = group.in_turn("find", lambda: corpus.find(str(options.data)))
+        if group.count > 1 and options.space == "hyper":
+            raise UsageError("--space hyper trains its members in one process; start it without torchrun")
         if not group.first:
             return _evolve(_on_this_machine(options), found, out, group)
         if options.overwrite:
@@ -69,8 +73,9 @@ def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int
         journal = _begin(options, evolution, task, out, group)
     else:
         _check_base(journal, evolution, str(options.model))
+        _check_data(journal, task)
         _say_changes(journal, task)
-        state = loop.resumed(evolution.strategy, state, journal, out)
+        state = loop.resumed(evolution.strategy, state, journal, out, task.advance)
         console.say(f"going on with {out} from generation {int(state.generation)}")
     group.check_same(_facts(options, evolution, task, state))
     console.say(_intention(options, evolution, task, group))
@@ -142,6 +147,8 @@ def _share(options: EvolveFlags, evolution: Evolution, journal: Journal | None, 
     """What this rank measures. Chunks are as large as the flag says, or as they were, or as memory and ranks allow."""
     from functional_lm.evolution import population
 
+    if options.space == "hyper":
+        return population.share(options.population)
     size = chunk_of(options, evolution, tokens)
     if options.chunk_size == "auto":
         size = journal.header["chunk"] if journal else min(size, max(1, options.population // group.count))
@@ -164,6 +171,11 @@ def _facts(options: EvolveFlags, evolution: Evolution, task: Task, state: Any) -
         "chunk size": f"{task.share.size}",
         "state (does it see another --out?)": f"{int(state.generation)} {tree.digest(state.centre)}",
     }
+
+
+def _check_data(journal: Journal, task: Task) -> None:
+    if journal.header.get("data", task.digest) != task.digest:
+        raise DataError(f"{journal.path} began with another text: the one in --data has changed; --overwrite the run")
 
 
 def _say_changes(journal: Journal, task: Task) -> None:
@@ -189,6 +201,7 @@ def _begin(options: EvolveFlags, evolution: Evolution, task: Task, out: Path, gr
     settings = {
         "flags": flags,
         "digest": evolution.digest,
+        "data": task.digest,
         "threads": torch.get_num_threads(),
         "chunk": task.share.size,
         "ranks": group.count,
@@ -236,6 +249,12 @@ def _run(
 
     first = int(state.generation)
 
+    def advance(state: Any, number: int) -> Any:
+        if number != first or not options.compile or options.space != "hyper":
+            return task.advance(state, number)
+        with console.announced("compiling the population's training"):
+            return task.advance(state, number)
+
     def measure(candidates: Candidates, number: int) -> Tensor:
         if number != first or not options.compile:
             return group.together(task.measure(candidates, number))
@@ -257,7 +276,8 @@ def _run(
         return loop.run(strategy, state, journal, plan, loop.Hooks(measure, lambda *values: None, agree=agree), None)
     run_folder.settle(out)
     with Recorder(out, first) as recorder:
-        return loop.run(strategy, state, journal, plan, loop.Hooks(measure, recorder.metrics, validate, agree), out)
+        hooks = loop.Hooks(measure, recorder.metrics, validate, advance, task.describe, agree)
+        return loop.run(strategy, state, journal, plan, hooks, out)
 
 
 # Replay ---------------------------------------------------------------------------------------------------------------
@@ -286,8 +306,9 @@ def _replay(options: EvolveFlags) -> int:
     if journal.cut:
         console.say(f"the last line of {journal.path} was cut off and is left out")
     state = evolution.strategy.init(keys.fold_in_name(key_of(began), "evolution"), evolution.space.start)
-    for entry in journal.generations:
-        state = loop.told(evolution.strategy, state, entry)
+    with _advancing(began, evolution, journal) as advance:
+        for number, entry in enumerate(journal.generations):
+            state = loop.told(evolution.strategy, advance(state, number), entry)
     end = journal.end if journal.end and journal.end["generation"] == len(journal.generations) else None
     kept = end["kept"] if end else usual_choice(began)
     leaves = state.centre if kept == "centre" else state.best
@@ -296,11 +317,30 @@ def _replay(options: EvolveFlags) -> int:
         evolution.model.tokenizer.save(temporary)
         evolution.write(temporary, leaves)
     console.say(
-        f"{len(journal.generations)} generations told again, nothing measured; "
+        f"{len(journal.generations)} generations {'trained' if began.space == 'hyper' else 'told'} again, "
+        "nothing measured; "
         + ("the weights are those of the run, bit for bit" if same else _unlike(journal, end is not None))
     )
     console.say(f"the {evolution.what} is in {out}; go on with: {evolution.use} {out} --prompt TEXT")
     return 0
+
+
+@contextmanager
+def _advancing(options: EvolveFlags, evolution: Evolution, journal: Journal) -> Iterator[Callable[[Any, int], Any]]:
+    """What brings a state to where it was measured: nothing, but where a generation is training."""
+    if options.space != "hyper":
+        yield lambda state, number: state
+        return
+    from functional_lm.text import corpus
+
+    with tempfile.TemporaryDirectory() as place:
+
+        def divide(tokens: int) -> Share:
+            return _share(options, evolution, journal, tokens, ranks.Group())
+
+        task = task_of(options, evolution, corpus.find(str(options.data)), Path(place), divide)
+        _check_data(journal, task)
+        yield task.advance
 
 
 def _unlike(journal: Journal, ended: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +13,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from functional_lm.evolution.journal import Journal
     from functional_lm.evolution.spaces import Space
     from functional_lm.evolution.strategy import Strategy
     from functional_lm.folder import Model
     from functional_lm.tree import Tree
+
+
+def no_facts(journal: Journal, kept: str) -> Mapping[str, Any]:
+    return {}
 
 
 class Evolution(NamedTuple):
@@ -29,6 +34,7 @@ class Evolution(NamedTuple):
     write: Callable[[Path, Tree], None]  # a folder with what was evolved
     use: str  # the command that goes on with such a folder, without its prompt
     what: str  # "model" or "adapter"
+    facts: Callable[[Journal, str], Mapping[str, Any]] = no_facts  # more for summary.json, given what is kept
 
 
 def key_of(options: EvolveFlags) -> Tensor:
@@ -56,6 +62,10 @@ def evolution_of(options: EvolveFlags) -> Evolution:
             f"{generate} {options.model} --adapter",
             "adapter",
         )
+    if options.space == "hyper":
+        from functional_lm import evolve_hyper
+
+        return evolve_hyper.evolution_of(options, model, digest, generate)
     from functional_lm.evolution import spaces
 
     space = spaces.full(model.params, options.leaves)

@@ -74,6 +74,10 @@ KINDS = {
     "part by genetics": ["--space", "full", "--leaves", "*mlp*", "--strategy", "genetic"],
     "model by mezo": ["--space", "full", "--strategy", "mezo"],
     "norms by cma-es": ["--space", "full", "--leaves", "*norm*", "--strategy", "cma-es"],
+    "numbers of training by pbt": [
+        *["--space", "hyper", "--strategy", "pbt", "--steps", "3", "--val_fraction", "0.3", "--fresh"],
+        *["--tuned", "learning_rate,beta1", "--learning_rate", "0.003"],
+    ],
     "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
 }
 
@@ -163,6 +167,16 @@ REFUSED = {
     "leaves": (["--space", "full", "--leaves", "*nose*"], "'*nose*' matches no leaf of the model"),
     "targets": (["--targets", "nose"], "the target 'nose' matches nothing"),
     "adapter": (["--space", "full", "--adapter", "x"], "--adapter is evolved in --space lora, not in full"),
+    "pbt": (["--strategy", "pbt"], "--space lora and --strategy pbt do not go together; pbt is for hyper"),
+    "steps": (["--steps", "9"], "--steps is of --space hyper, not of lora"),
+    "tuned": (
+        ["--space", "hyper", "--strategy", "pbt", "--tuned", "weight_decay"],
+        "--tuned weight_decay is searched by factors, and begins at 0; give --weight_decay another",
+    ),
+    "nothing held out": (
+        ["--space", "hyper", "--strategy", "pbt", "--val_fraction", "0"],
+        "--space hyper measures on what is held out, which is less than a row",
+    ),
 }
 
 

@@ -81,7 +81,9 @@ def begun(ranks: int, out: Path, log: Path, *more: str, data: str = "text.txt") 
 
 def process_of(runner: int, rank: int) -> int:
     children = Path(f"/proc/{runner}/task/{runner}/children").read_text().split()
-    return next(int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
+    return next(
+        int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    )
 
 
 def generations(out: Path) -> int:
@@ -123,7 +125,9 @@ def test_two_ranks_of_which_one_is_lost_and_one_that_goes_on_are_one(at: Path) -
 def test_one_two_and_four_ranks_end_with_the_same_bytes(at: Path) -> None:
     assert evolved(at / "1", *FLAGS, "--generations", "5") == 0
     for ranks in (2, 4):
-        assert begun(ranks, at / f"{ranks}", at / "log", *FLAGS, "--generations", "5").wait(120) == 0, (at / "log").read_text()
+        assert begun(ranks, at / f"{ranks}", at / "log", *FLAGS, "--generations", "5").wait(120) == 0, (
+            at / "log"
+        ).read_text()
         assert (at / "log").read_text().count("members, 2 at once on each of") == 1
     files = ["adapter_model.safetensors", "checkpoints/step-00000005/state.safetensors"]
     for name in files:

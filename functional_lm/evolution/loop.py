@@ -24,6 +24,7 @@ from functional_lm.evolution.journal import Journal
 from functional_lm.evolution.strategy import Candidates, Strategy
 from functional_lm.training import checkpoint as checkpoints
 from functional_lm.training.loop import stopping_by_signal
+from functional_lm.training.record import Values
 from functional_lm.training.saving import Verified
 
 NOTES, FORMAT = "state.json", 1
@@ -48,8 +49,10 @@ class Hooks(NamedTuple):
     """What the loop asks of the world outside."""
 
     measure: Callable[[Candidates, int], Tensor]  # the fitness [P] of a generation's candidates
-    record: Callable[[int, Mapping[str, float]], None]
+    record: Callable[[int, Values], None]
     validate: Callable[[Any], Mapping[str, float]] = lambda state: {}
+    advance: Callable[[Any, int], Any] = lambda state, number: state  # what a generation does before it is measured
+    describe: Callable[[Any], Mapping[str, list[float]]] = lambda state: {}  # more of a measured state for the records
     agree: Callable[[str | None], str | None] = lambda ended: ended  # why the run ends here, whoever sees it
 
 
@@ -98,19 +101,20 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
                 outcome.ended = ended
                 break
             began = time.perf_counter()
-            fitness = hooks.measure(strategy.ask(outcome.state), number).float().cpu()
+            measured = hooks.advance(outcome.state, number)
+            fitness = hooks.measure(strategy.ask(measured), number).float().cpu()
             if fitness.shape != (strategy.population,):
                 raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not ({strategy.population},)")
             fitness = torch.where(torch.isfinite(fitness), fitness, math.nan)
             seconds = before + time.perf_counter() - started
             entry = journals.entry(number, common.generation_key(outcome.state).tolist(), fitness.tolist(), seconds)
             outcome.journal = (journals.append if out else journals.remembered)(outcome.journal, entry)
-            outcome.state = told(strategy, outcome.state, entry)
+            outcome.state = told(strategy, measured, entry)
             lost = 0 if torch.isfinite(fitness).any() else lost + 1
             values = _values(strategy, outcome.state, fitness, time.perf_counter() - began)
             if plan.eval_every and (number + 1) % plan.eval_every == 0:
                 values |= hooks.validate(outcome.state)
-            hooks.record(number + 1, values)
+            hooks.record(number + 1, {**values, **hooks.describe(measured)})
             bar.set_postfix_str(_shown(values), refresh=False)
             bar.update()
             if lost == LOST:
@@ -201,7 +205,13 @@ def newest(out: Path) -> Path | None:
     return None
 
 
-def resumed(strategy: Strategy, state: Any, journal: Journal, out: Path) -> Any:
+def resumed(
+    strategy: Strategy,
+    state: Any,
+    journal: Journal,
+    out: Path,
+    advance: Callable[[Any, int], Any] = lambda state, number: state,
+) -> Any:
     """The state to go on with: that of the newest whole checkpoint, and the journal's generations behind it told again.
 
     Without a checkpoint all of them are. Raises DataError for a journal that ends before its checkpoint.
@@ -218,5 +228,5 @@ def resumed(strategy: Strategy, state: Any, journal: Journal, out: Path) -> Any:
         # Copies, because products round by how their operands are aligned, and a file's tensors lie anywhere.
         state = tree.copy(tree.restore(state, flat, str(path)))
     for entry in journal.generations[int(state.generation) :]:
-        state = told(strategy, state, entry)
+        state = told(strategy, advance(state, int(state.generation)), entry)
     return state

@@ -1,0 +1,135 @@
+"""`evolve --space hyper`: trainings whose numbers are evolved, by population-based training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from functional_lm.errors import UsageError
+from functional_lm.evolve_flags import EvolveFlags
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from functional_lm.evolution import hyper
+    from functional_lm.evolution.journal import Journal
+    from functional_lm.evolution.strategy import Candidates
+    from functional_lm.evolve_search import Evolution
+    from functional_lm.evolve_task import Source, Task
+    from functional_lm.folder import Model
+    from functional_lm.training.step import Training
+    from functional_lm.tree import Tree
+
+
+def evolution_of(options: EvolveFlags, model: Model, digest: str, use: str) -> Evolution:
+    """P trainings of the model, as a strategy whose candidates are their weights."""
+    from functional_lm import folder, keys
+    from functional_lm.evolution import hyper, spaces
+    from functional_lm.evolve_search import Evolution
+    from functional_lm.model import transformer
+
+    def fresh(key: Tensor) -> Tree:
+        return transformer.init(model.config, key)
+
+    def write(path: Path, leaves: Tree) -> None:
+        folder.save(path, leaves, model.config, model.tokenizer)
+
+    def facts(journal: Journal, kept: str) -> Mapping[str, Any]:
+        from functional_lm.evolve_search import key_of
+
+        key = keys.fold_in_name(key_of(options), "evolution")
+        return {"numbers": schedule(journal, key, numbers(options), settings(options), kept)}
+
+    strategy = hyper.pbt(
+        settings(options), functions(options, model), numbers(options), fresh if options.fresh else None
+    )
+    return Evolution(model, spaces.full(model.params), strategy, digest, write, use, "model", facts)
+
+
+def settings(options: EvolveFlags) -> hyper.Settings:
+    from functional_lm.evolution import hyper
+
+    return hyper.Settings(options.population, options.spread, options.exploit, options.perturb, options.resample)
+
+
+def numbers(options: EvolveFlags) -> dict[str, float]:
+    """Where what is tuned begins."""
+    return {name: float(getattr(options, name)) for name in options.tuned}
+
+
+def functions(options: EvolveFlags, model: Model) -> Training:
+    """The step of one member, at a constant rate."""
+    import torch
+
+    from functional_lm.training import optimizer, schedule, step
+
+    return step.training(
+        dataclasses.replace(model.config, attention="standard"),
+        optimizer.optimizer(options.optimizer),
+        schedule.constant(),
+        getattr(torch, options.dtype),
+        {name: getattr(options, name) for name in step.DEFAULTS if hasattr(options, name)},
+    )
+
+
+def schedule(
+    journal: Journal, key: Tensor, numbers: Mapping[str, float], settings: hyper.Settings, kept: str
+) -> dict[str, list[float]]:
+    """The numbers that led to the model that is kept, generation by generation: what key and fitness say."""
+    import torch
+
+    from functional_lm.evolution import hyper
+    from functional_lm.evolution import journal as journals
+    from functional_lm.evolution.shaping import usable
+
+    measured = [torch.tensor(journals.fitness_of(entry), device=key.device) for entry in journal.generations]
+    if not measured:
+        return {}
+    best = torch.stack([usable(values)[0].max() for values in measured])
+    generation = len(measured) - 1 if kept == "centre" else int(best.argmax())
+    member = int(usable(measured[generation])[0].argmax())
+    return hyper.lineage(*hyper.history(key, measured, numbers, settings), generation, member)
+
+
+def task_of(options: EvolveFlags, evolution: Evolution, source: Source) -> Task:
+    """Train, then measure on the first half of what is held out; the end is measured on the other half.
+
+    Raises UsageError where nothing is held out.
+    """
+    import torch
+
+    from functional_lm.compile import compiled
+    from functional_lm.evolution import hyper, population, task
+    from functional_lm.evolve_task import Task, alone_on
+
+    if not source.held:
+        raise UsageError(
+            f"--space hyper measures on what is held out, which is less than a row; give more text, or a larger "
+            f"--val_fraction than {options.val_fraction:g}"
+        )
+    half = max(1, len(source.held) // 2)
+    measured, last = source.held[:half], source.held[half:]
+    objective, dtype = task.objective_of(options.fitness, evolution.model), getattr(torch, options.dtype)
+    part = population.share(options.population)
+
+    def wrap(donate: bool) -> Callable[..., Any]:
+        return lambda function: compiled(function, donate=donate, enabled=options.compile)
+
+    evaluate = population.evaluator(
+        evolution.strategy, evolution.space, objective, dtype, None, wrap(donate=False), part
+    )
+    train = hyper.steps_of(functions(options, evolution.model), wrap(donate=True))
+
+    def advance(state: Any, number: int) -> Any:
+        return state._replace(states=train(state.states, source.batch, number * options.steps, options.steps))
+
+    def describe(state: Any) -> Mapping[str, list[float]]:
+        return {name: state.states.numbers[name].tolist() for name in options.tuned}
+
+    def measure(candidates: Candidates, number: int) -> Tensor:
+        return torch.stack([evaluate(candidates, batch) for batch in measured]).mean(0)
+
+    held_out = alone_on(options, evolution, last)
+    return Task(measure, held_out, source.tokens * options.steps, part, source.digest, advance, describe)
