@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from functional_lm.evolution.ranks import Group
     from functional_lm.evolution.strategy import Candidates
     from functional_lm.text.corpus import Corpus
+    from functional_lm.tree import Tree
 
 
 def run(options: EvolveFlags) -> int:
@@ -306,16 +307,17 @@ def _replay(options: EvolveFlags) -> int:
     if journal.cut:
         console.say(f"the last line of {journal.path} was cut off and is left out")
     state = evolution.strategy.init(keys.fold_in_name(key_of(began), "evolution"), evolution.space.start)
-    with _advancing(began, evolution, journal) as advance:
+    with _trained(began, evolution, journal) as (advance, whole):
         for number, entry in enumerate(journal.generations):
             state = loop.told(evolution.strategy, advance(state, number), entry)
-    end = journal.end if journal.end and journal.end["generation"] == len(journal.generations) else None
-    kept = end["kept"] if end else usual_choice(began)
-    leaves = state.centre if kept == "centre" else state.best
+        end = journal.end if journal.end and journal.end["generation"] == len(journal.generations) else None
+        kept = end["kept"] if end else usual_choice(began)
+        leaves = state.centre if kept == "centre" else state.best
+        written = whole(leaves)
     same = end is not None and tree.digest(leaves) == end["digest"]
     with files.writing_folder(out) as temporary:
         evolution.model.tokenizer.save(temporary)
-        evolution.write(temporary, leaves)
+        evolution.write(temporary, written)
     console.say(
         f"{len(journal.generations)} generations {'trained' if began.space == 'hyper' else 'told'} again, "
         "nothing measured; "
@@ -326,10 +328,12 @@ def _replay(options: EvolveFlags) -> int:
 
 
 @contextmanager
-def _advancing(options: EvolveFlags, evolution: Evolution, journal: Journal) -> Iterator[Callable[[Any, int], Any]]:
-    """What brings a state to where it was measured: nothing, but where a generation is training."""
+def _trained(
+    options: EvolveFlags, evolution: Evolution, journal: Journal
+) -> Iterator[tuple[Callable[[Any, int], Any], Callable[[Tree], Tree]]]:
+    """What brings a state to where it was measured, and leaves to what is written: nothing, but where both train."""
     if options.space != "hyper":
-        yield lambda state, number: state
+        yield (lambda state, number: state), (lambda leaves: leaves)
         return
     from functional_lm.text import corpus
 
@@ -340,7 +344,7 @@ def _advancing(options: EvolveFlags, evolution: Evolution, journal: Journal) -> 
 
         task = task_of(options, evolution, corpus.find(str(options.data)), Path(place), divide)
         _check_data(journal, task)
-        yield task.advance
+        yield task.advance, task.whole
 
 
 def _unlike(journal: Journal, ended: bool) -> str:

@@ -14,6 +14,7 @@ STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
 ANTITHETIC = ("openai-es", "eggroll")
 SPACES = ("full", "lora", "hyper")
+TUNING = ("pbt", "snes", "xnes", "cma-es", "sep-cma-es")  # strategies of space hyper
 TUNED = ("learning_rate", "weight_decay", "beta1", "beta2", "momentum", "grad_clip")
 MEASURED = ("loss", "bits", "accuracy")
 SHAPINGS = ("centered_rank", "z_score", "nes")
@@ -146,13 +147,15 @@ def check(flags: EvolveFlags) -> None:
 
 
 def _check_hyper(flags: EvolveFlags) -> None:
-    if (flags.space == "hyper") != (flags.strategy == "pbt"):
-        raise UsageError(f"--space {flags.space} and --strategy {flags.strategy} do not go together; pbt is for hyper")
+    if flags.space != "hyper" and flags.strategy == "pbt":
+        raise UsageError(f"--strategy pbt trains: it is for --space hyper, not {flags.space}")
     if flags.space != "hyper":
         for name in ("tuned", "steps", "spread", "exploit", "perturb", "resample", "fresh"):
             if getattr(flags, name) != getattr(EvolveFlags, name):
                 raise UsageError(f"--{name} is of --space hyper, not of {flags.space}")
         return
+    if flags.strategy not in TUNING:
+        raise UsageError(f"--space hyper is searched by {', '.join(TUNING)}, not by {flags.strategy}")
     if flags.fitness not in MEASURED:
         raise UsageError(f"--space hyper is measured by {', '.join(MEASURED)}, not by {flags.fitness}")
     if flags.chunk_size != "auto":

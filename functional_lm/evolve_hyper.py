@@ -1,4 +1,4 @@
-"""`evolve --space hyper`: trainings whose numbers are evolved, by population-based training."""
+"""`evolve --space hyper`: trainings whose numbers are evolved, by population-based training or another strategy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from functional_lm.evolution import hyper
     from functional_lm.evolution.journal import Journal
-    from functional_lm.evolution.strategy import Candidates
     from functional_lm.evolve_search import Evolution
     from functional_lm.evolve_task import Source, Task
     from functional_lm.folder import Model
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def evolution_of(options: EvolveFlags, model: Model, digest: str, use: str) -> Evolution:
-    """P trainings of the model, as a strategy whose candidates are their weights."""
+    """P trainings of the model as a strategy whose candidates are their weights; or any other over their numbers."""
     from functional_lm import folder, keys
     from functional_lm.evolution import hyper, spaces
-    from functional_lm.evolve_search import Evolution
+    from functional_lm.evolve_search import Evolution, key_of, strategy_of
     from functional_lm.model import transformer
 
     def fresh(key: Tensor) -> Tree:
@@ -36,9 +35,17 @@ def evolution_of(options: EvolveFlags, model: Model, digest: str, use: str) -> E
     def write(path: Path, leaves: Tree) -> None:
         folder.save(path, leaves, model.config, model.tokenizer)
 
-    def facts(journal: Journal, kept: str) -> Mapping[str, Any]:
-        from functional_lm.evolve_search import key_of
+    if options.strategy != "pbt":
+        hyper.check_numbers(numbers(options))
+        start = hyper.offsets(numbers(options), options.device)
+        space = spaces.full(start)
 
+        def found(journal: Journal, kept: str, leaves: Tree) -> Mapping[str, Any]:
+            return {"numbers": {name: float(value) for name, value in hyper.moved(numbers(options), leaves).items()}}
+
+        return Evolution(model, space, strategy_of(options, start), digest, write, use, "model", found)
+
+    def facts(journal: Journal, kept: str, leaves: Tree) -> Mapping[str, Any]:
         key = keys.fold_in_name(key_of(options), "evolution")
         return {"numbers": schedule(journal, key, numbers(options), settings(options), kept)}
 
@@ -96,13 +103,20 @@ def schedule(
 def task_of(options: EvolveFlags, evolution: Evolution, source: Source) -> Task:
     """Train, then measure on the first half of what is held out; the end is measured on the other half.
 
+    Population-based training goes on from generation to generation. A candidate of another strategy is numbers, with
+    which the same start is trained on the same batches.
+
     Raises UsageError where nothing is held out.
     """
     import torch
 
+    from functional_lm import keys, tree
     from functional_lm.compile import compiled
-    from functional_lm.evolution import hyper, population, task
+    from functional_lm.evolution import hyper, population, spaces, task
+    from functional_lm.evolution.strategy import Candidates, unmoved
+    from functional_lm.evolve_search import key_of
     from functional_lm.evolve_task import Task, alone_on
+    from functional_lm.model import transformer
 
     if not source.held:
         raise UsageError(
@@ -117,10 +131,11 @@ def task_of(options: EvolveFlags, evolution: Evolution, source: Source) -> Task:
     def wrap(donate: bool) -> Callable[..., Any]:
         return lambda function: compiled(function, donate=donate, enabled=options.compile)
 
-    evaluate = population.evaluator(
-        evolution.strategy, evolution.space, objective, dtype, None, wrap(donate=False), part
-    )
-    train = hyper.steps_of(functions(options, evolution.model), wrap(donate=True))
+    model = evolution.model
+    weights, space = unmoved(options.population), spaces.full(model.params)
+    evaluate = population.evaluator(weights, space, objective, dtype, None, wrap(donate=False), part)
+    step = functions(options, model)
+    train = hyper.steps_of(step, wrap(donate=True))
 
     def advance(state: Any, number: int) -> Any:
         return state._replace(states=train(state.states, source.batch, number * options.steps, options.steps))
@@ -131,5 +146,22 @@ def task_of(options: EvolveFlags, evolution: Evolution, source: Source) -> Task:
     def measure(candidates: Candidates, number: int) -> Tensor:
         return torch.stack([evaluate(candidates, batch) for batch in measured]).mean(0)
 
-    held_out = alone_on(options, evolution, last)
-    return Task(measure, held_out, source.tokens * options.steps, part, source.digest, advance, describe)
+    held_out, tokens = alone_on(options, evolution._replace(space=space), last), source.tokens * options.steps
+    if options.strategy == "pbt":
+        return Task(measure, held_out, tokens, part, source.digest, advance, describe)
+    key = keys.fold_in_name(key_of(options), "training")
+    start = transformer.init(model.config, key) if options.fresh else space.start
+
+    def trained(offsets: Tree) -> Tree:
+        begun = hyper.begun(step, start, key, hyper.moved(numbers(options), offsets))
+        return train(begun, source.batch, 0, options.steps).params
+
+    def whole(leaves: Tree) -> Tree:
+        """The model that is trained with these numbers, as it was when it was measured: among as many others."""
+        alike = tree.map(lambda leaf: leaf.expand(options.population, 1).contiguous(), leaves)
+        return tree.map(lambda leaf: leaf[0].clone(), trained(alike))
+
+    def measured_anew(candidates: Candidates, number: int) -> Tensor:
+        return measure(Candidates({}, {}, trained(candidates.own)), number)
+
+    return Task(measured_anew, lambda leaves: held_out(whole(leaves)), tokens, part, source.digest, whole=whole)

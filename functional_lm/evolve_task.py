@@ -30,6 +30,10 @@ def nothing(state: Any) -> Mapping[str, list[float]]:
     return {}
 
 
+def as_they_are(leaves: Tree) -> Tree:
+    return leaves
+
+
 class Task(NamedTuple):
     """How candidates are measured, and one tree alone on what was held out (NaN where nothing was)."""
 
@@ -40,6 +44,7 @@ class Task(NamedTuple):
     digest: str  # of the data
     advance: Callable[[Any, int], Any] = unchanged  # what a generation does to the state before it is measured
     describe: Callable[[Any], Mapping[str, list[float]]] = nothing  # more of it for the records
+    whole: Callable[[Tree], Tree] = as_they_are  # of evolved leaves: what is written
 
 
 class Source(NamedTuple):

@@ -78,6 +78,10 @@ KINDS = {
         *["--space", "hyper", "--strategy", "pbt", "--steps", "3", "--val_fraction", "0.3", "--fresh"],
         *["--tuned", "learning_rate,beta1", "--learning_rate", "0.003"],
     ],
+    "numbers of training by cma-es": [
+        *["--space", "hyper", "--strategy", "cma-es", "--sigma", "0.5", "--steps", "2", "--val_fraction", "0.3"],
+        *["--tuned", "learning_rate,beta1"],
+    ],
     "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
 }
 
@@ -167,7 +171,7 @@ REFUSED = {
     "leaves": (["--space", "full", "--leaves", "*nose*"], "'*nose*' matches no leaf of the model"),
     "targets": (["--targets", "nose"], "the target 'nose' matches nothing"),
     "adapter": (["--space", "full", "--adapter", "x"], "--adapter is evolved in --space lora, not in full"),
-    "pbt": (["--strategy", "pbt"], "--space lora and --strategy pbt do not go together; pbt is for hyper"),
+    "pbt": (["--strategy", "pbt"], "--strategy pbt trains: it is for --space hyper, not lora"),
     "steps": (["--steps", "9"], "--steps is of --space hyper, not of lora"),
     "tuned": (
         ["--space", "hyper", "--strategy", "pbt", "--tuned", "weight_decay"],

@@ -5,6 +5,8 @@
     state    = trained(state)                           some steps of all members at once: `steps_of(functions)`
     state    = strategy.tell(state, fitness)            exploit and explore
 
+Any strategy over trees searches the same numbers as `offsets`: each candidate is a training from one start.
+
 Jaderberg et al., "Population based training of neural networks", arXiv 1711.09846: members that are among the worst go
 on with the weights, the optimizer's state and the numbers of one of the best ("exploit", truncation selection), and
 their numbers are then perturbed or drawn anew ("explore"). Which member goes on as which, and with what numbers,
@@ -234,14 +236,14 @@ def steps_of(
 
 
 def offsets(numbers: Mapping[str, float], device: torch.device | str) -> Tree:
-    """What other strategies evolve: how far each number is from where it began, on its scale; 0-d, all 0."""
-    return {name: torch.zeros((), device=device) for name in numbers}
+    """What other strategies evolve: how far each number is from where it began, on its scale; [1], all 0."""
+    return {name: torch.zeros(1, device=device) for name in numbers}
 
 
 def moved(numbers: Mapping[str, float], offset: Tree) -> Numbers:
-    """The numbers so far from where they began."""
+    """The numbers [...] that are so far [..., 1] from where they began."""
     return {
-        name: outer(name, inner(name, torch.tensor(value, device=offset[name].device)) + offset[name])
+        name: outer(name, inner(name, torch.tensor(value, device=offset[name].device)) + offset[name][..., 0].float())
         for name, value in numbers.items()
     }
 
