@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_evolve import EAGER, at, evolved, there, weights_of
 
 from functional_lm import tree
-from functional_lm.errors import UsageError
+from functional_lm.errors import DataError, UsageError
 from functional_lm.evolution import journal as journals
 from functional_lm.evolution import population
 from functional_lm.evolution.ranks import Group
@@ -65,6 +65,18 @@ def test_alone_there_is_nobody_to_wait_for() -> None:
     assert group.in_turn("x", lambda: 3) == 3
     group.check_same({"model": "a"})
     assert group.speaks()
+
+
+class Two(Group):
+    """Two ranks, of which the other always says the same."""
+
+    def exchanged(self, numbers: Sequence[int]) -> list[list[int]]:
+        return [list(numbers), [5] * len(numbers)]
+
+
+def test_a_rank_with_another_model_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match="rank 1 has another model than rank 0; all of them need the same"):
+        Two().check_same({"model": "a", "text": "b"})
 
 
 # Processes ------------------------------------------------------------------------------------------------------------

@@ -312,8 +312,10 @@ def test_what_a_killed_beginning_left_is_begun_again(text: Path, tmp_path: Path)
     out = tmp_path / "run"
     (out / "data" / ".part-text").mkdir(parents=True)
     (out / ".tmp-77-run.json").write_text("{")
-    assert pretrain(data=text, out=out, steps=2, **QUIET) == 0
-    assert not list(out.rglob(".tmp-*"))
+    for _ in ("begun", "ended"):
+        assert pretrain(data=text, out=out, steps=2, **QUIET) == 0
+        assert not list(out.rglob(".tmp-*"))
+        (out / ".tmp-77-README.md").write_text("#")
 
 
 def test_two_locks_exclude_each_other(tmp_path: Path) -> None:
