@@ -72,7 +72,7 @@ def side(
     prepared = population.preparation(strategy, space, dtype)(candidates)
     one = population.member_of(strategy, space, objective, dtype)
     together = compiled(torch.vmap(one, in_dims=(None, None, 0, None)))
-    parts = list(population.chunks(candidates.own, members, chunk or members))
+    parts = list(population.chunks(candidates.own, members, population.share(members, chunk)))
     return lambda: torch.cat([together(*prepared, own, batch) for own in parts])
 
 

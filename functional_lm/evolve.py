@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from functional_lm import console, evolve_flags, files, run_folder
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
+from functional_lm.evolution import ranks
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_result import finish, usual_choice
 from functional_lm.evolve_search import Evolution, evolution_of, key_of
@@ -25,40 +28,64 @@ if TYPE_CHECKING:
 
     from functional_lm.evolution.journal import Journal
     from functional_lm.evolution.loop import Outcome, Plan
+    from functional_lm.evolution.population import Share
+    from functional_lm.evolution.ranks import Group
     from functional_lm.evolution.strategy import Candidates
+    from functional_lm.text.corpus import Corpus
+    from functional_lm.tree import Tree
 
 
 def run(options: EvolveFlags) -> int:
     """The whole job; returns the exit code. Wrong flags and bad data are refused before anything is written."""
-    evolve_flags.check(options)
-    if options.action == "replay":
-        return _replay(options)
+    with ranks.joined(options.device, options.rank_timeout) as group:
+        evolve_flags.check(options)
+        if options.action == "replay":
+            return _replay(options) if group.first else 0
+        from functional_lm.text import corpus
+
+        out = Path(options.out)
+        found = group.in_turn("find", lambda: corpus.find(str(options.data)))
+        if group.count > 1 and options.space == "hyper":
+            raise UsageError("--space hyper trains its members in one process; start it without torchrun")
+        if not group.first:
+            return _evolve(_on_this_machine(options), found, out, group)
+        if options.overwrite:
+            read = [("model", options.model), ("adapter", options.adapter), *(("data", path) for path in found.files)]
+            run_folder.check_overwrite(out, read)
+        with run_folder.held(out):
+            return _evolve(_on_this_machine(options), found, out, group)
+
+
+def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int:
+    """The run, in a folder that is its own. What is on the disk rank 0 reads and writes first."""
     from functional_lm import keys
     from functional_lm.evolution import loop
-    from functional_lm.text import corpus
 
-    started, out = time.perf_counter(), Path(options.out)
-    found = corpus.find(str(options.data))
-    if options.overwrite:
-        read = [("model", options.model), ("adapter", options.adapter), *(("data", path) for path in found.files)]
-        run_folder.check_overwrite(out, read)
-    options = _on_this_machine(options)
-    journal = _opened(options, out)
+    started = time.perf_counter()
+    journal = group.in_turn("open", lambda: _opened(options, out, group.first))
     evolution = evolution_of(options)
-    task = task_of(options, evolution, found, out)
+
+    def divide(tokens: int) -> Share:
+        return _share(options, evolution, journal, tokens, group)
+
+    task = group.in_turn("data", lambda: task_of(options, evolution, found, out, divide))
     state = evolution.strategy.init(keys.fold_in_name(key_of(options), "evolution"), evolution.space.start)
     if journal is None:
-        journal = _begin(options, evolution, out)
+        journal = _begin(options, evolution, task, out, group)
     else:
         _check_base(journal, evolution, str(options.model))
-        state = loop.resumed(evolution.strategy, state, journal, out)
+        _check_data(journal, task)
+        _say_changes(journal, task)
+        state = loop.resumed(evolution.strategy, state, journal, out, task.advance)
         console.say(f"going on with {out} from generation {int(state.generation)}")
-    console.say(_intention(options, evolution, task))
-    outcome = _run(options, evolution, task, state, journal, out)
+    group.check_same(_facts(options, evolution, task, state))
+    console.say(_intention(options, evolution, task, group))
+    outcome = _run(options, evolution, task, state, journal, out, group)
     if outcome.ended == "interrupted":
         console.say(f"stopped after generation {int(outcome.state.generation)}; the same command goes on from there")
         raise KeyboardInterrupt
-    finish(options, evolution, task, outcome, out, started)
+    if group.first:
+        finish(options, evolution, task, outcome, out, started)
     return 0
 
 
@@ -76,12 +103,22 @@ def _on_this_machine(options: EvolveFlags) -> EvolveFlags:
     return dataclasses.replace(options, device=str(device), dtype=dtype, compile=options.compile and obstacle is None)
 
 
-def _opened(options: EvolveFlags, out: Path) -> Journal | None:
+def _opened(options: EvolveFlags, out: Path, writes: bool) -> Journal | None:
     """The journal to go on with, None for a new run. Raises UsageError where `out` holds something else."""
+    journal = _journal(options, out)
+    if writes:
+        run_folder.make(out, options.overwrite)
+    return journal
+
+
+def _journal(options: EvolveFlags, out: Path) -> Journal | None:
     from functional_lm.evolution import journal as journals
 
     path = out / journals.NAME
-    if options.overwrite or not (path.exists() or run_folder.holds_model(out)):
+    if options.overwrite:
+        return None
+    run_folder.check_free(out, "evolution")
+    if not (path.exists() or run_folder.holds_model(out)):
         return None
     if options.resume == "never" or not path.exists():
         raise UsageError(f"{out} already holds a run; choose another --out, or --overwrite it")
@@ -107,23 +144,74 @@ def _check_base(journal: Journal, evolution: Evolution, path: str) -> None:
         )
 
 
-def _begin(options: EvolveFlags, evolution: Evolution, out: Path) -> Journal:
-    """Make the folder: tokenizer, every flag, the journal's first line."""
+def _share(options: EvolveFlags, evolution: Evolution, journal: Journal | None, tokens: int, group: Group) -> Share:
+    """What this rank measures. Chunks are as large as the flag says, or as they were, or as memory and ranks allow."""
+    from functional_lm.evolution import population
+
+    if options.space == "hyper":
+        return population.share(options.population)
+    size = chunk_of(options, evolution, tokens)
+    if options.chunk_size == "auto":
+        size = journal.header["chunk"] if journal else min(size, max(1, options.population // group.count))
+    return population.share(options.population, size, group.rank, group.count)
+
+
+def _facts(options: EvolveFlags, evolution: Evolution, task: Task, state: Any) -> dict[str, str]:
+    """What has to be the same for every rank. `state` says that all of them read the journal of one folder."""
+    import torch
+
+    from functional_lm import tree
+
+    machine = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    return {
+        "version of torch": torch.__version__,
+        "kind of processor, or number of threads,": f"{options.device} {options.compile} {machine}",
+        "set of flags": f"{dataclasses.astuple(options)}",
+        "model": evolution.digest,
+        "text": task.digest,
+        "chunk size": f"{task.share.size}",
+        "state (does it see another --out?)": f"{int(state.generation)} {tree.digest(state.centre)}",
+    }
+
+
+def _check_data(journal: Journal, task: Task) -> None:
+    if journal.header.get("data", task.digest) != task.digest:
+        raise DataError(f"{journal.path} began with another text: the one in --data has changed; --overwrite the run")
+
+
+def _say_changes(journal: Journal, task: Task) -> None:
+    """What may change the last bits of a run that goes on."""
+    import torch
+
+    now = {"threads": torch.get_num_threads(), "torch": torch.__version__, "chunk": task.share.size}
+    before = {**journal.header, "torch": journal.header["versions"]["torch"]}
+    changes = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changes:
+        console.say(f"the run began with {'; '.join(changes)}: the last bits of its numbers may differ")
+
+
+def _begin(options: EvolveFlags, evolution: Evolution, task: Task, out: Path, group: Group) -> Journal:
+    """What a run begins with: every flag, the tokenizer, the journal's first line. Rank 0 writes."""
     import torch
 
     import functional_lm
     from functional_lm.evolution import journal as journals
 
-    kept = out / "data"
-    if options.overwrite:
-        for entry in [] if not out.exists() else [path for path in out.iterdir() if path != kept]:
-            files.remove(entry)
-    files.make_folder(out)
-    evolution.model.tokenizer.save(out)
     versions = {"functional_lm": functional_lm.__version__, "torch": torch.__version__}
     flags = dataclasses.asdict(options)
-    files.write_json(out / "run.json", {"options": flags, "versions": versions})
-    settings = {"flags": flags, "digest": evolution.digest, "threads": torch.get_num_threads(), "versions": versions}
+    settings = {
+        "flags": flags,
+        "digest": evolution.digest,
+        "data": task.digest,
+        "threads": torch.get_num_threads(),
+        "chunk": task.share.size,
+        "ranks": group.count,
+        "versions": versions,
+    }
+    if not group.first:
+        return journals.Journal(out / journals.NAME, settings, [], None, "", 0, False)
+    files.write_json(out / "run.json", {"kind": "evolution", "options": flags, "versions": versions})
+    evolution.model.tokenizer.save(out)
     return journals.begin(out / journals.NAME, settings)
 
 
@@ -140,39 +228,57 @@ def _plan(options: EvolveFlags) -> Plan:
     )  # fmt: skip
 
 
-def _intention(options: EvolveFlags, evolution: Evolution, task: Task) -> str:
+def _intention(options: EvolveFlags, evolution: Evolution, task: Task, group: Group) -> str:
     import torch
 
     from functional_lm import tree
 
     threads = f" with {torch.get_num_threads()} threads" if options.device == "cpu" else ""
-    chunk = min(chunk_of(options, evolution, task.tokens), options.population)
+    each = f" on each of {group.count} ranks" if group.count > 1 else ""
     return (
         f"{options.strategy} over {console.count(tree.size(evolution.space.start))} numbers of "
         f"{console.count(tree.size(evolution.model.params))} ({options.space}), {options.population} members, "
-        f"{chunk} at once, {task.tokens} tokens each, {options.dtype} on {options.device}{threads}"
+        f"{task.share.size} at once{each}, {task.tokens} tokens each, {options.dtype} on {options.device}{threads}"
     )
 
 
-def _run(options: EvolveFlags, evolution: Evolution, task: Task, state: Any, journal: Journal, out: Path) -> Outcome:
+def _run(
+    options: EvolveFlags, evolution: Evolution, task: Task, state: Any, journal: Journal, out: Path, group: Group
+) -> Outcome:
     from functional_lm.evolution import loop
     from functional_lm.training.record import Recorder
 
     first = int(state.generation)
 
+    def advance(state: Any, number: int) -> Any:
+        if number != first or not options.compile or options.space != "hyper":
+            return task.advance(state, number)
+        with console.announced("compiling the population's training"):
+            return task.advance(state, number)
+
     def measure(candidates: Candidates, number: int) -> Tensor:
         if number != first or not options.compile:
-            return task.measure(candidates, number)
+            return group.together(task.measure(candidates, number))
         with console.announced("compiling the population's evaluation"):
-            return task.measure(candidates, number)
+            return group.together(task.measure(candidates, number))
+
+    def agree(ended: str | None) -> str | None:
+        """Rank 0 decides; a signal that came to any of them ends all."""
+        codes = [code for (code,) in group.exchanged([1 + loop.ENDINGS.index(ended) if ended else 0])]
+        interrupted = 1 + loop.ENDINGS.index("interrupted")
+        code = codes[0] or (interrupted if interrupted in codes else 0)
+        return loop.ENDINGS[code - 1] if code else None
 
     def validate(state: Any) -> Mapping[str, float]:
         return {"val_fitness": task.held_out(state.centre)}
 
+    strategy, plan = evolution.strategy, _plan(options)
+    if not group.first:
+        return loop.run(strategy, state, journal, plan, loop.Hooks(measure, lambda *values: None, agree=agree), None)
+    run_folder.settle(out)
     with Recorder(out, first) as recorder:
-        return loop.run(
-            evolution.strategy, state, journal, _plan(options), loop.Hooks(measure, recorder.metrics, validate), out
-        )
+        hooks = loop.Hooks(measure, recorder.metrics, validate, advance, task.describe, agree)
+        return loop.run(strategy, state, journal, plan, hooks, out)
 
 
 # Replay ---------------------------------------------------------------------------------------------------------------
@@ -201,21 +307,44 @@ def _replay(options: EvolveFlags) -> int:
     if journal.cut:
         console.say(f"the last line of {journal.path} was cut off and is left out")
     state = evolution.strategy.init(keys.fold_in_name(key_of(began), "evolution"), evolution.space.start)
-    for entry in journal.generations:
-        state = loop.told(evolution.strategy, state, entry)
-    end = journal.end if journal.end and journal.end["generation"] == len(journal.generations) else None
-    kept = end["kept"] if end else usual_choice(began)
-    leaves = state.centre if kept == "centre" else state.best
+    with _trained(began, evolution, journal) as (advance, whole):
+        for number, entry in enumerate(journal.generations):
+            state = loop.told(evolution.strategy, advance(state, number), entry)
+        end = journal.end if journal.end and journal.end["generation"] == len(journal.generations) else None
+        kept = end["kept"] if end else usual_choice(began)
+        leaves = state.centre if kept == "centre" else state.best
+        written = whole(leaves)
     same = end is not None and tree.digest(leaves) == end["digest"]
     with files.writing_folder(out) as temporary:
         evolution.model.tokenizer.save(temporary)
-        evolution.write(temporary, leaves)
+        evolution.write(temporary, written)
     console.say(
-        f"{len(journal.generations)} generations told again, nothing measured; "
+        f"{len(journal.generations)} generations {'trained' if began.space == 'hyper' else 'told'} again, "
+        "nothing measured; "
         + ("the weights are those of the run, bit for bit" if same else _unlike(journal, end is not None))
     )
     console.say(f"the {evolution.what} is in {out}; go on with: {evolution.use} {out} --prompt TEXT")
     return 0
+
+
+@contextmanager
+def _trained(
+    options: EvolveFlags, evolution: Evolution, journal: Journal
+) -> Iterator[tuple[Callable[[Any, int], Any], Callable[[Tree], Tree]]]:
+    """What brings a state to where it was measured, and leaves to what is written: nothing, but where both train."""
+    if options.space != "hyper":
+        yield (lambda state, number: state), (lambda leaves: leaves)
+        return
+    from functional_lm.text import corpus
+
+    with tempfile.TemporaryDirectory() as place:
+
+        def divide(tokens: int) -> Share:
+            return _share(options, evolution, journal, tokens, ranks.Group())
+
+        task = task_of(options, evolution, corpus.find(str(options.data)), Path(place), divide)
+        _check_data(journal, task)
+        yield task.advance, task.whole
 
 
 def _unlike(journal: Journal, ended: bool) -> str:

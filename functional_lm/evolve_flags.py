@@ -10,10 +10,12 @@ from functional_lm.prepare import SOURCES
 from functional_lm.training_flags import DEVICES, OPTIMIZERS
 
 # Names of what `evolution/` has; a test holds them equal.
-STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es")
+STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es", "pbt")
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
 ANTITHETIC = ("openai-es", "eggroll")
-SPACES = ("full", "lora")
+SPACES = ("full", "lora", "hyper")
+TUNING = ("pbt", "snes", "xnes", "cma-es", "sep-cma-es")  # strategies of space hyper
+TUNED = ("learning_rate", "weight_decay", "beta1", "beta2", "momentum", "grad_clip")
 MEASURED = ("loss", "bits", "accuracy")
 SHAPINGS = ("centered_rank", "z_score", "nes")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -23,7 +25,7 @@ FIXED = (
     "sigma", "learning_rate", "optimizer", "weight_decay", "beta1", "beta2", "momentum", "grad_clip", "antithetic",
     "shaping", "noise", "elites", "tournament", "pressure", "crossover", "crossover_rate", "mutation", "mutation_rate",
     "strength", "batch_size", "block_size", "val_fraction", "max_tokens", "temperature", "stop", "chat", "dtype",
-    "seed", "compile",
+    "seed", "compile", "tuned", "steps", "spread", "exploit", "perturb", "resample", "fresh",
 )  # fmt: skip
 
 
@@ -79,6 +81,13 @@ class EvolveFlags:
     mutation: str = option("element", "noise on numbers, or on tensors", choices=("element", "tensor"), group="Genetic")
     mutation_rate: float = option(0.1, "share of them", low=0, high=1, group="Genetic")
     strength: float = option(0.1, "size of the noise, in spreads of the tensor", above=0, group="Genetic")
+    tuned: tuple[str, ...] = option(("learning_rate",), "numbers of training that differ", choices=TUNED, group="Hyper")
+    steps: int = option(50, "steps of training in a generation", low=1, group="Hyper")
+    spread: float = option(10.0, "members begin within this factor of each number", low=1, group="Hyper")
+    exploit: float = option(0.2, "share that goes on from the best", above=0, high=0.5, group="Hyper")
+    perturb: float = option(1.2, "their numbers times or divided by this", low=1, group="Hyper")
+    resample: float = option(0.25, "or drawn anew, with this probability", low=0, high=1, group="Hyper")
+    fresh: bool = option(False, "begin at new weights of the model's architecture", group="Hyper")
     generations: int = option(100, "generations", low=1, group="Length")
     evaluations: int | None = option(None, "most evaluations of members", low=1, group="Length")
     minutes: float | None = option(None, "wall time, compiling included", above=0, group="Length")
@@ -94,6 +103,9 @@ class EvolveFlags:
     chunk_size: str = option("auto", "members computed at once; auto: what memory holds", group="Machine")
     dtype: str = option("auto", "precision of the products", choices=DTYPES, group="Machine")
     device: str = option("auto", "where to run", choices=DEVICES, group="Machine")
+    rank_timeout: float = option(
+        600.0, "seconds that a rank of torchrun waits for the others", above=0, group="Machine"
+    )
     compile: bool = option(True, "compile (eager where no C++ compiler is found)", group="Machine")
     seed: int = option(1337, "seed of every random draw", low=0, group="Strategy")
     eval_every: int = option(0, "generations between measurements on what was held out", low=0, group="Records")
@@ -125,12 +137,32 @@ def check(flags: EvolveFlags) -> None:
         raise UsageError(f"--adapter is evolved in --space lora, not in {flags.space}")
     if flags.space != "full" and flags.leaves != ("*",):
         raise UsageError(f"--leaves chooses in --space full; {flags.space} has --targets")
+    _check_hyper(flags)
     if flags.noise == "regenerated" and flags.strategy not in ESTIMATING:
         raise UsageError(f"--noise regenerated is for {' and '.join(ESTIMATING)}; {flags.strategy} stores its members")
     if flags.chunk_size != "auto" and not (flags.chunk_size.isdecimal() and int(flags.chunk_size) > 0):
         raise UsageError(f"--chunk_size is {flags.chunk_size!r}; it is auto or a whole number above 0")
     if flags.fitness not in (*MEASURED, "exact") and ":" not in flags.fitness:
         raise UsageError(f"--fitness is {flags.fitness!r}; it is {', '.join(MEASURED)}, exact or module:function")
+
+
+def _check_hyper(flags: EvolveFlags) -> None:
+    if flags.space != "hyper" and flags.strategy == "pbt":
+        raise UsageError(f"--strategy pbt trains: it is for --space hyper, not {flags.space}")
+    if flags.space != "hyper":
+        for name in ("tuned", "steps", "spread", "exploit", "perturb", "resample", "fresh"):
+            if getattr(flags, name) != getattr(EvolveFlags, name):
+                raise UsageError(f"--{name} is of --space hyper, not of {flags.space}")
+        return
+    if flags.strategy not in TUNING:
+        raise UsageError(f"--space hyper is searched by {', '.join(TUNING)}, not by {flags.strategy}")
+    if flags.fitness not in MEASURED:
+        raise UsageError(f"--space hyper is measured by {', '.join(MEASURED)}, not by {flags.fitness}")
+    if flags.chunk_size != "auto":
+        raise UsageError("--space hyper trains all members at once; leave --chunk_size out")
+    for name in flags.tuned:
+        if getattr(flags, name) == 0:
+            raise UsageError(f"--tuned {name} is searched by factors, and begins at 0; give --{name} another")
 
 
 def answers(flags: EvolveFlags) -> bool:

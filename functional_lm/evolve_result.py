@@ -29,7 +29,7 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
     other = "centre" if usual == "best" else "best"
     kept = other if held[other] > held[usual] else usual
     evolution.model.tokenizer.save(out)
-    evolution.write(out, trees[kept])
+    evolution.write(out, task.whole(trees[kept]))
     generations, digest = int(state.generation), tree.digest(trees[kept])
     entry = {"ended": outcome.ended, "generation": generations, "kept": kept, "digest": digest}
     if outcome.journal.end != entry:
@@ -45,6 +45,7 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
         "seconds": outcome.seconds,
         "wall_seconds": time.perf_counter() - started,
         "ended": outcome.ended,
+        **evolution.facts(outcome.journal, kept, trees[kept]),
     }
     files.write_json(out / "summary.json", summary)
     if generations:
@@ -67,7 +68,7 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
 
 def usual_choice(options: EvolveFlags) -> str:
     """What is kept where nothing tells which is better: a distribution's mean, but of single members the best."""
-    return "best" if options.strategy == "genetic" else "centre"
+    return "best" if options.strategy in ("genetic", "pbt") else "centre"
 
 
 def _card(options: EvolveFlags, summary: Mapping[str, Any], out: Path, use: str) -> str:

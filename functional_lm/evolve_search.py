@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +13,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from functional_lm.evolution.journal import Journal
     from functional_lm.evolution.spaces import Space
     from functional_lm.evolution.strategy import Strategy
     from functional_lm.folder import Model
     from functional_lm.tree import Tree
+
+
+def no_facts(journal: Journal, kept: str, leaves: Tree) -> Mapping[str, Any]:
+    return {}
 
 
 class Evolution(NamedTuple):
@@ -29,6 +34,7 @@ class Evolution(NamedTuple):
     write: Callable[[Path, Tree], None]  # a folder with what was evolved
     use: str  # the command that goes on with such a folder, without its prompt
     what: str  # "model" or "adapter"
+    facts: Callable[[Journal, str, Tree], Mapping[str, Any]] = no_facts  # more for summary.json, of what is kept
 
 
 def key_of(options: EvolveFlags) -> Tensor:
@@ -50,12 +56,16 @@ def evolution_of(options: EvolveFlags) -> Evolution:
         return Evolution(
             model,
             space,
-            _strategy(options, space.start),
+            strategy_of(options, space.start),
             digest,
             write,
             f"{generate} {options.model} --adapter",
             "adapter",
         )
+    if options.space == "hyper":
+        from functional_lm import evolve_hyper
+
+        return evolve_hyper.evolution_of(options, model, digest, generate)
     from functional_lm.evolution import spaces
 
     space = spaces.full(model.params, options.leaves)
@@ -63,7 +73,7 @@ def evolution_of(options: EvolveFlags) -> Evolution:
     def write_model(path: Path, leaves: Tree) -> None:
         folder.save(path, space.whole(space.base, leaves), model.config, model.tokenizer)
 
-    return Evolution(model, space, _strategy(options, space.start), digest, write_model, generate, "model")
+    return Evolution(model, space, strategy_of(options, space.start), digest, write_model, generate, "model")
 
 
 def _adapter(options: EvolveFlags, model: Model, digest: str) -> tuple[Space, Callable[[Path, Tree], None]]:
@@ -106,7 +116,7 @@ def own_numbers(options: EvolveFlags, start: Tree) -> int:
     return low_rank(options.rank).numbers(shapes_of(start)) if options.strategy == "eggroll" else tree.size(start)
 
 
-def _strategy(options: EvolveFlags, start: Tree) -> Strategy:
+def strategy_of(options: EvolveFlags, start: Tree) -> Strategy:
     """What the flags name, for a tree. Whether its parts are compiled depends on these two alone, as replay asks."""
     from functional_lm.compile import compiled
     from functional_lm.evolution import cma, eggroll, genetic, gradient, mezo, natural, openai

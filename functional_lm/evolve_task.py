@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,9 +15,23 @@ from functional_lm.evolve_search import Evolution, key_of, own_numbers
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from functional_lm.evolution.population import Share
     from functional_lm.evolution.strategy import Candidates
+    from functional_lm.folder import Model
     from functional_lm.text.corpus import Corpus
     from functional_lm.tree import Tree
+
+
+def unchanged(state: Any, number: int) -> Any:
+    return state
+
+
+def nothing(state: Any) -> Mapping[str, list[float]]:
+    return {}
+
+
+def as_they_are(leaves: Tree) -> Tree:
+    return leaves
 
 
 class Task(NamedTuple):
@@ -26,9 +40,26 @@ class Task(NamedTuple):
     measure: Callable[[Candidates, int], Tensor]
     held_out: Callable[[Tree], float]
     tokens: int  # that a member reads and writes in a generation
+    share: Share  # of the population that `measure` measures
+    digest: str  # of the data
+    advance: Callable[[Any, int], Any] = unchanged  # what a generation does to the state before it is measured
+    describe: Callable[[Any], Mapping[str, list[float]]] = nothing  # more of it for the records
+    whole: Callable[[Tree], Tree] = as_they_are  # of evolved leaves: what is written
 
 
-def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path) -> Task:
+class Source(NamedTuple):
+    """Text, or the responses in rows, as batches."""
+
+    batch: Callable[[int], Any]
+    held: list[Any]
+    tokens: int  # of a batch
+    digest: str
+
+
+Divide = Callable[[int], "Share"]  # given the tokens of a member
+
+
+def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, divide: Divide) -> Task:
     from functional_lm.evolution import task
 
     rows = task.is_rows(found)
@@ -36,41 +67,70 @@ def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path
         if not rows:
             raise DataError(f"--fitness {options.fitness} scores answers; --data {options.data} has no rows of prompt "
                             "and response")  # fmt: skip
-        return _answered(options, evolution, found)
-    return _read(options, evolution, found, out, rows)
+        return _answered(options, evolution, found, divide)
+    source = _source(options, evolution.model, found, out, rows)
+    if options.space == "hyper":
+        from functional_lm import evolve_hyper
+
+        return evolve_hyper.task_of(options, evolution, source)
+    return _read(options, evolution, source, divide)
 
 
-def _read(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, rows: bool) -> Task:
-    """Loss, bits or accuracy of text, or of the responses in rows."""
+def _source(options: EvolveFlags, model: Model, found: Corpus, out: Path, rows: bool) -> Source:
     import torch
 
-    from functional_lm.compile import compiled
-    from functional_lm.evolution import population, task
-    from functional_lm.model.compute import compute_copy
+    from functional_lm.evolution import task
 
-    model, device, size = evolution.model, torch.device(options.device), options.batch_size
-    dtype = getattr(torch, options.dtype)
-    if rows:
-        asked = task.questions(found, model, options.val_fraction, options.seed, options.chat, 1)
-        width = task.longest(asked, model.tokenizer)
-        batch: Callable[[int], Any] = lambda number: task.read(  # noqa: E731
-            asked, task.drawn(asked, number, size, options.seed), model.tokenizer, width, device
-        )
-        held = [
-            task.read(asked, asked.validation[at : at + size], model.tokenizer, width, device)
-            for at in range(0, len(asked.validation), size)
-        ][: options.eval_batches]
-    else:
+    device, size = torch.device(options.device), options.batch_size
+    count = options.eval_batches * (2 if options.space == "hyper" else 1)  # half of them are its fitness
+    if not rows:
         width = options.block_size or model.config.max_len
         if width > model.config.max_len:
             raise UsageError(f"--block_size {width} is longer than the model's max_len {model.config.max_len}")
         text = task.text(found, model, out, options.val_fraction, size, width, options.seed, device)
-        batch, held = text.batch, text.held_out(options.eval_batches)
-    tokens = size * width
-    objective = task.objective_of(options.fitness, model)
+        return Source(text.batch, text.held_out(count), size * width, text.digest)
+    asked = task.questions(found, model, options.val_fraction, options.seed, options.chat, 1)
+    width = task.longest(asked, model.tokenizer)
+
+    def batch(number: int) -> Any:
+        return task.read(asked, task.drawn(asked, number, size, options.seed), model.tokenizer, width, device)
+
+    held = [
+        task.read(asked, asked.validation[at : at + size], model.tokenizer, width, device)
+        for at in range(0, len(asked.validation), size)
+    ][:count]
+    return Source(batch, held, size * width, asked.digest)
+
+
+def _read(options: EvolveFlags, evolution: Evolution, source: Source, divide: Divide) -> Task:
+    """Loss, bits or accuracy of text, or of the responses in rows."""
+    import torch
+
+    from functional_lm.evolution import population, task
+
+    objective, part = task.objective_of(options.fitness, evolution.model), divide(source.tokens)
+    dtype = getattr(torch, options.dtype)
     evaluate = population.evaluator(
-        evolution.strategy, evolution.space, objective, dtype, chunk_of(options, evolution, tokens), _wrap(options)
+        evolution.strategy, evolution.space, objective, dtype, part.size, _wrap(options), part
     )
+    return Task(
+        lambda candidates, number: evaluate(candidates, source.batch(number)),
+        alone_on(options, evolution, source.held),
+        source.tokens,
+        part,
+        source.digest,
+    )
+
+
+def alone_on(options: EvolveFlags, evolution: Evolution, held: Sequence[Any]) -> Callable[[Tree], float]:
+    """The mean fitness of one tree over these batches; NaN without any."""
+    import torch
+
+    from functional_lm.compile import compiled
+    from functional_lm.evolution import task
+    from functional_lm.model.compute import compute_copy
+
+    objective, dtype = task.objective_of(options.fitness, evolution.model), getattr(torch, options.dtype)
     alone = compiled(
         lambda params, batch: objective(compute_copy(params, dtype), batch),
         enabled=options.compile and options.eval_every > 0,
@@ -81,10 +141,10 @@ def _read(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, 
         with torch.no_grad():
             return task.mean([alone(whole, one) for one in held])
 
-    return Task(lambda candidates, number: evaluate(candidates, batch(number)), held_out, tokens)
+    return held_out
 
 
-def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task:
+def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus, divide: Divide) -> Task:
     """The scores of generated answers."""
     import torch
 
@@ -96,9 +156,8 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
     score, dtype = answers.named(options.fitness), getattr(torch, options.dtype)
     asked = task.questions(found, model, options.val_fraction, options.seed, options.chat, options.max_tokens)
     tokens = options.batch_size * (asked.length + options.max_tokens)
-    how = answers.Answering(
-        options.max_tokens, asked.stops, options.temperature, chunk_of(options, evolution, tokens), options.compile
-    )
+    part = divide(tokens)
+    how = answers.Answering(options.max_tokens, asked.stops, options.temperature, part.size, options.compile, part)
     answer = answers.answerer(evolution.strategy, evolution.space, model.config, how, dtype)
     draws = keys.fold_in_name(key_of(options), "answers")
 
@@ -112,7 +171,7 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
         return scored(answer(candidates, task.prompts(asked, rows, device), keys.fold_in(draws, number)), rows)
 
     single = unmoved()
-    eager = dataclasses.replace(how, compile=False, chunk=None)
+    eager = dataclasses.replace(how, compile=False, chunk=None, part=None)
     alone = answers.answerer(single, evolution.space, model.config, eager, dtype)
 
     def held_out(leaves: Tree) -> float:
@@ -122,7 +181,7 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
         one = Candidates({}, {}, tree.map(lambda leaf: leaf[None], leaves))
         return float(scored(alone(one, task.prompts(asked, rows, device), draws), rows)[0])
 
-    return Task(measure, held_out, tokens)
+    return Task(measure, held_out, tokens, part, asked.digest)
 
 
 def _wrap(options: EvolveFlags) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -22,16 +22,45 @@ if TYPE_CHECKING:
 LOCK, REPLACED = ".lock", ".replaced"
 NAMES_FILES = ("data", "model", "tokenizer", "config")  # flags whose value names files or folders
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+TRACES = (*WEIGHTS, "run.json", "checkpoints/step-*/training.json", "checkpoints/step-*/state.json")  # of a run
+PREPARED = ("text.bin", "text.index", "text.json")  # in data/: what a run that never began leaves
+KINDS = {"training": "a training", "evolution": "an evolution"}  # by the word in run.json; without one the first
 
 
 def holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in WEIGHTS)
 
 
+def unrelated(out: Path) -> str | None:
+    """The first thing in a folder that no run of ours has left there; None in a run, an empty or a missing folder."""
+    if not out.is_dir() or any(any(out.glob(name)) for name in TRACES):
+        return None
+    return next((path.name for path in sorted(out.iterdir()) if not _ours(path)), None)
+
+
+def _ours(path: Path) -> bool:
+    if path.name == "data" and path.is_dir():
+        return all(entry.name in PREPARED or _left_over(entry) for entry in path.iterdir())
+    return path.name in (LOCK, REPLACED) or _left_over(path)
+
+
+def _left_over(path: Path) -> bool:
+    return path.name.startswith((files.TEMPORARY, files.UNFINISHED))
+
+
+def check_free(out: Path, kind: str) -> None:
+    """Raise UsageError for a folder that holds something else than a run of this kind (of KINDS)."""
+    if (name := unrelated(out)) is not None:
+        raise UsageError(f"{out} holds {name} and no run; choose another --out")
+    with suppress(OSError, ValueError, AttributeError):
+        if (found := files.read_json(out / "run.json").get("kind", "training")) != kind:
+            what = KINDS.get(found, "another kind of run")
+            raise UsageError(f"{out} already holds {what}; choose another --out, or --overwrite it")
+
+
 def check_overwrite(out: Path, read: Iterable[tuple[str, Any]]) -> None:
     """What `--overwrite` removes is a run, and nothing that the new one reads: the flags in `read` with their paths."""
-    there = any(path.name != LOCK for path in out.iterdir()) if out.is_dir() else out.exists()
-    if there and not holds_model(out) and not (out / "run.json").exists():
+    if (out.exists() and not out.is_dir()) or unrelated(out) is not None:
         raise UsageError(f"--overwrite replaces a run and {out} holds something else; choose another --out")
     for name, value in read:
         if value is not None and Path(value).resolve().is_relative_to(out.resolve()):
@@ -40,7 +69,7 @@ def check_overwrite(out: Path, read: Iterable[tuple[str, Any]]) -> None:
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """This process alone trains in `out` as long as the block lasts. Raises DataError where another one does.
+    """This process alone works in `out` as long as the block lasts. Raises DataError where another one does.
 
     A folder that had nothing in it has nothing in it afterwards if the call was refused before it trained. One that
     cannot be written to is not locked: whoever tries to write will be told.
@@ -53,7 +82,7 @@ def held(out: Path) -> Iterator[None]:
     made = [path for path in (out, *out.parents) if not path.exists()]
     files.make_folder(out)
     try:
-        with files.locked(out / LOCK, f"another process is training in {out}; wait for it, or choose another --out"):
+        with files.locked(out / LOCK, f"another process is at work in {out}; wait for it, or choose another --out"):
             _restore(out)
             fresh = all(path.name == LOCK for path in out.iterdir())
             try:
@@ -78,6 +107,7 @@ def checkpoint_to_resume(flags: TrainingFlags, overrides: Mapping[str, Any], out
 
     if flags.overwrite:
         return None
+    check_free(out, "training")
     newest, damaged = checkpoint.newest(out / "checkpoints")
     for entry in damaged:
         console.say(f"passing over a damaged checkpoint, which is kept: {entry.reason}")
@@ -199,6 +229,7 @@ def is_complete(flags: TrainingFlags, path: Path, out: Path) -> bool:
     steps = None if flags.epochs or flags.minutes else flags.steps or training_flags.STEPS
     if summary["budget"] != asked and (steps is None or done < steps):
         return False
+    files.sweep(out)  # of a kill between the summary and the end
     loss = summary.get("val_loss")
     measured = "" if loss is None else f", validation loss {loss:.4f}"
     console.say(f"{out} is trained already: {done} steps{measured}")
@@ -236,15 +267,20 @@ def begin(
     out: Path,
 ) -> dict[str, Any]:
     """Make the folder, with the tokenizer and a record of every flag; returns what a checkpoint keeps of it."""
-    files.make_folder(out)
-    if flags.overwrite:
-        _set_aside(out)
-    files.sweep(out)
-    tokenizer.save(out)
+    make(out, flags.overwrite)
     versions, length = _versions(), training_flags.budget(flags)
     every = {"options": dataclasses.asdict(flags), "overrides": dict(overrides), "model": config.to_json()}
-    files.write_json(out / "run.json", {**every, "budget": length, "versions": versions})
+    files.write_json(out / "run.json", {**every, "budget": length, "versions": versions})  # first: it makes it a run
+    tokenizer.save(out)
     return {**every, "options": fixed(flags), "budget": length, "versions": versions, "inputs": {}}
+
+
+def make(out: Path, overwrite: bool) -> None:
+    """The folder, without what a crash left half-written; a run that is to be replaced is set aside."""
+    files.make_folder(out)
+    if overwrite:
+        _set_aside(out)
+    files.sweep(out)
 
 
 def _clear(out: Path) -> None:

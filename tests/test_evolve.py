@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from functional_lm import evolve, evolve_flags, files, folder, keys, tree
+from functional_lm import evolve, evolve_flags, files, folder, keys, run_folder, tree
 from functional_lm.cli import main_single
 from functional_lm.errors import DataError
 from functional_lm.evolution import journal as journals
@@ -74,6 +74,14 @@ KINDS = {
     "part by genetics": ["--space", "full", "--leaves", "*mlp*", "--strategy", "genetic"],
     "model by mezo": ["--space", "full", "--strategy", "mezo"],
     "norms by cma-es": ["--space", "full", "--leaves", "*norm*", "--strategy", "cma-es"],
+    "numbers of training by pbt": [
+        *["--space", "hyper", "--strategy", "pbt", "--steps", "3", "--val_fraction", "0.3", "--fresh"],
+        *["--tuned", "learning_rate,beta1", "--learning_rate", "0.003"],
+    ],
+    "numbers of training by cma-es": [
+        *["--space", "hyper", "--strategy", "cma-es", "--sigma", "0.5", "--steps", "2", "--val_fraction", "0.3"],
+        *["--tuned", "learning_rate,beta1"],
+    ],
     "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
 }
 
@@ -163,6 +171,16 @@ REFUSED = {
     "leaves": (["--space", "full", "--leaves", "*nose*"], "'*nose*' matches no leaf of the model"),
     "targets": (["--targets", "nose"], "the target 'nose' matches nothing"),
     "adapter": (["--space", "full", "--adapter", "x"], "--adapter is evolved in --space lora, not in full"),
+    "pbt": (["--strategy", "pbt"], "--strategy pbt trains: it is for --space hyper, not lora"),
+    "steps": (["--steps", "9"], "--steps is of --space hyper, not of lora"),
+    "tuned": (
+        ["--space", "hyper", "--strategy", "pbt", "--tuned", "weight_decay"],
+        "--tuned weight_decay is searched by factors, and begins at 0; give --weight_decay another",
+    ),
+    "nothing held out": (
+        ["--space", "hyper", "--strategy", "pbt", "--val_fraction", "0"],
+        "--space hyper measures on what is held out, which is less than a row",
+    ),
 }
 
 
@@ -188,6 +206,67 @@ def test_another_run_is_not_gone_on_with(at: Path, capsys: pytest.CaptureFixture
     assert evolved(at / "run", "--resume", "never") == 2
     assert evolved(at / "run", "--sigma", "0.5", "--overwrite") == 0
     assert journals.read(at / "run" / "journal.jsonl").header["flags"]["sigma"] == 0.5
+
+
+# The folder -----------------------------------------------------------------------------------------------------------
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_a_folder_has_one_run_at_a_time(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolved(at / "run") == 0
+    with run_folder.held(at / "run"):
+        before = contents(at / "run")
+        assert evolved(at / "run", "--generations", "4") == 1
+        assert f"another process is at work in {at / 'run'}; wait for it" in capsys.readouterr().err
+        assert contents(at / "run") == before
+    assert not (at / "run" / run_folder.LOCK).exists()
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (at / "letters").mkdir()
+    (at / "letters" / "to_mother.txt").write_text("dear")
+    (at / "texts" / "data").mkdir(parents=True)
+    (at / "texts" / "data" / "mine.txt").write_text("words")
+    (at / "training").mkdir()
+    files.write_json(at / "training" / "run.json", {"options": {}})
+    before = contents(at)
+    for name, message in {
+        "letters": "letters holds to_mother.txt and no run; choose another --out",
+        "texts": "texts holds data and no run; choose another --out",
+        "training": "training already holds a training; choose another --out, or --overwrite it",
+    }.items():
+        assert evolved(at / name) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    for name in ("letters", "texts"):
+        assert evolved(at / name, "--overwrite") == 2
+        assert f"--overwrite replaces a run and {at / name} holds something else" in capsys.readouterr().err
+    assert contents(at) == before
+    (at / "prepared" / "data").mkdir(parents=True)
+    (at / "prepared" / "data" / "text.json").write_text("{}")
+    assert evolved(at / "prepared") == 0
+
+
+def test_a_damaged_checkpoint_is_named_passed_over_and_kept(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The journal has all that it knew, even if no checkpoint is whole."""
+    assert evolved(at / "whole", "--generations", "4") == 0
+    assert evolved(at / "run", "--save_every", "1") == 0
+    for path in sorted((at / "run" / "checkpoints").iterdir()):
+        data = bytearray((path / "state.safetensors").read_bytes())
+        data[-9] ^= 1
+        (path / "state.safetensors").write_bytes(data)
+    damaged = contents(at / "run" / "checkpoints" / "step-00000003")
+    capsys.readouterr()
+    assert evolved(at / "run", "--save_every", "1", "--generations", "4") == 0
+    said = capsys.readouterr().out
+    for step in (2, 3):
+        assert f"step-0000000{step}: state.safetensors is damaged (its sha256 is another)" in said
+    assert weights_of(at / "run") == weights_of(at / "whole")
+    assert contents(at / "run" / "checkpoints" / "step-00000003") == damaged
 
 
 # The journal ----------------------------------------------------------------------------------------------------------
@@ -285,6 +364,6 @@ def test_every_flag_is_the_runs_or_the_callers() -> None:
 
     free = {
         "action", "journal", "out", "generations", "evaluations", "minutes", "target", "timeout", "chunk_size",
-        "device", "eval_every", "eval_batches", "save_every", "keep", "resume", "overwrite",
+        "device", "rank_timeout", "eval_every", "eval_batches", "save_every", "keep", "resume", "overwrite",
     }  # fmt: skip
     assert free | set(evolve_flags.FIXED) == {field.name for field in dataclasses.fields(evolve_flags.EvolveFlags)}

@@ -312,7 +312,7 @@ def test_a_second_trainer_in_the_same_folder_is_refused(
         with run_folder.held(out):
             before = contents(out)
             assert pretrain(data=text, out=out, steps=20) == 1
-            assert f"another process is training in {out}; wait for it" in one_line(capsys)
+            assert f"another process is at work in {out}; wait for it" in one_line(capsys)
             assert contents(out) == before
     assert not (tmp_path / "fresh").exists()
     assert not (copy / run_folder.LOCK).exists()
@@ -321,6 +321,32 @@ def test_a_second_trainer_in_the_same_folder_is_refused(
 def test_a_lock_file_of_a_killed_process_locks_nobody_out(copy: Path, text: Path) -> None:
     (copy / run_folder.LOCK).touch()
     assert pretrain(data=text, out=copy) == 0
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "letters"
+    out.mkdir()
+    (out / "to_mother.txt").write_text("dear")
+    for flags in ({}, {"overwrite": True}):
+        assert pretrain(data=text, out=out, **flags) == 2
+        assert str(out) in one_line(capsys)
+    (tmp_path / "evolved").mkdir()
+    files.write_json(tmp_path / "evolved" / "run.json", {"kind": "evolution", "options": {}})
+    assert pretrain(data=text, out=tmp_path / "evolved") == 2
+    assert "already holds an evolution; choose another --out, or --overwrite it" in one_line(capsys)
+    assert contents(out) == {"to_mother.txt": b"dear"}
+
+
+def test_what_a_killed_beginning_left_is_begun_again(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / "data" / ".part-text").mkdir(parents=True)
+    (out / ".tmp-77-run.json").write_text("{")
+    for _ in ("begun", "ended"):
+        assert pretrain(data=text, out=out, steps=2, **QUIET) == 0
+        assert not list(out.rglob(".tmp-*"))
+        (out / ".tmp-77-README.md").write_text("#")
 
 
 def test_two_locks_exclude_each_other(tmp_path: Path) -> None:
@@ -454,7 +480,7 @@ def test_sigterm_saves_and_says_130_and_a_second_trainer_is_refused(tmp_path: Pa
     second = soak.begun(argv, tmp_path / "second")
     second.join(60)
     assert second.exitcode == 1
-    assert f"another process is training in {out}" in (tmp_path / "second").read_text()
+    assert f"another process is at work in {out}" in (tmp_path / "second").read_text()
     os.kill(first.pid, signal.SIGTERM)
     first.join(60)
     assert first.exitcode == 130

@@ -31,7 +31,7 @@ from functional_lm import keys, tree
 from functional_lm.compile import compiled
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolution.fitness import vmappable
-from functional_lm.evolution.population import chunks, preparation
+from functional_lm.evolution.population import Share, chunks, members, preparation, share
 from functional_lm.evolution.spaces import Space
 from functional_lm.evolution.strategy import Candidates, Strategy
 from functional_lm.inference import cache as kv
@@ -54,6 +54,7 @@ class Answering:
     temperature: float = 0.0
     chunk: int | None = None
     compile: bool = False
+    part: Share | None = None  # of the population, where it is not all of it
 
 
 class Prompts(NamedTuple):
@@ -85,7 +86,7 @@ def answerer(
     """`(candidates, prompts, key) -> tokens`: what each member goes on with; behind a stop there is whatever comes."""
     config = vmappable(config)
     prepare = preparation(strategy, space, dtype)
-    size = strategy.population if how.chunk is None else min(how.chunk, strategy.population)
+    mine = share(strategy.population, how.chunk) if how.part is None else how.part
 
     def fill(
         cache: Tree, frozen: Tree, own: Tree, prompts: Prompts, row_keys: Tensor, drawn: Tensor
@@ -135,9 +136,9 @@ def answerer(
     def answer(candidates: Candidates, prompts: Prompts, key: Tensor) -> Int[Tensor, "P N M"]:
         with torch.no_grad():
             frozen, shared = prepare(candidates)
-            parts = chunks(candidates.own, strategy.population, size)
+            parts = chunks(candidates.own, strategy.population, mine)
             found = [write(frozen, leaves(shared, own), prompts, key) for own in parts]
-        return torch.cat(found)[: strategy.population]
+        return torch.cat(found)[: members(strategy.population, mine)]
 
     return answer
 

@@ -70,6 +70,11 @@ def append(journal: Journal, entry: Mapping[str, Any]) -> Journal:
     )
 
 
+def remembered(journal: Journal, entry: Mapping[str, Any]) -> Journal:
+    """The journal with one more generation, in memory alone."""
+    return journal._replace(generations=[*journal.generations, dict(entry)])
+
+
 def entry(generation: int, key: Sequence[int], fitness: Sequence[float], seconds: float) -> dict[str, Any]:
     """The line of a generation; what is not finite is null."""
     shown = [value if math.isfinite(value) else None for value in fitness]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from functional_lm import console, files, tree
+from functional_lm import console, files, seal, tree
 from functional_lm.errors import DataError
 from functional_lm.evolution import journal as journals
 from functional_lm.evolution import strategy as common
@@ -24,7 +24,11 @@ from functional_lm.evolution.journal import Journal
 from functional_lm.evolution.strategy import Candidates, Strategy
 from functional_lm.training import checkpoint as checkpoints
 from functional_lm.training.loop import stopping_by_signal
+from functional_lm.training.record import Values
+from functional_lm.training.saving import Verified
 
+NOTES, FORMAT = "state.json", 1
+ENDINGS = ("generations", "evaluations", "minutes", "target", "interrupted")
 LOST = 5  # generations in a row without one finite fitness that end the run
 
 
@@ -45,8 +49,11 @@ class Hooks(NamedTuple):
     """What the loop asks of the world outside."""
 
     measure: Callable[[Candidates, int], Tensor]  # the fitness [P] of a generation's candidates
-    record: Callable[[int, Mapping[str, float]], None]
+    record: Callable[[int, Values], None]
     validate: Callable[[Any], Mapping[str, float]] = lambda state: {}
+    advance: Callable[[Any, int], Any] = lambda state, number: state  # what a generation does before it is measured
+    describe: Callable[[Any], Mapping[str, list[float]]] = lambda state: {}  # more of a measured state for the records
+    agree: Callable[[str | None], str | None] = lambda ended: ended  # why the run ends here, whoever sees it
 
 
 @dataclass
@@ -55,8 +62,9 @@ class Outcome:
 
     state: Any
     journal: Journal
-    ended: str = "generations"  # or "evaluations", "minutes", "target", "interrupted"
+    ended: str = "generations"  # one of ENDINGS
     seconds: float = 0.0
+    whole: Verified = field(default_factory=lambda: Verified(reason))  # the checkpoints that are
 
 
 def told(strategy: Strategy, state: Any, entry: Mapping[str, Any]) -> Any:
@@ -71,8 +79,10 @@ def told(strategy: Strategy, state: Any, entry: Mapping[str, Any]) -> Any:
     return tree.map(lambda leaf: leaf.contiguous(), strategy.tell(state, torch.tensor(fitness, device=key.device)))
 
 
-def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hooks, out: Path) -> Outcome:
+def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hooks, out: Path | None) -> Outcome:
     """Evolve to the end of the plan. Ctrl-C or SIGTERM ends after the generation; the state is on the disk.
+
+    Without an `out` nothing is written: another process does.
 
     Raises DataError when no member of `LOST` generations in a row had a finite fitness.
     """
@@ -86,35 +96,35 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
         while True:
             number = int(outcome.state.generation)
             outcome.seconds = before + time.perf_counter() - started
-            if ended := _ending(plan, strategy, outcome, number):
+            ending = _ending(plan, strategy, outcome, number) or ("interrupted" if stopping() else None)
+            if ended := hooks.agree(ending):
                 outcome.ended = ended
                 break
-            if stopping():
-                outcome.ended = "interrupted"
-                break
             began = time.perf_counter()
-            fitness = hooks.measure(strategy.ask(outcome.state), number).float().cpu()
+            measured = hooks.advance(outcome.state, number)
+            fitness = hooks.measure(strategy.ask(measured), number).float().cpu()
             if fitness.shape != (strategy.population,):
                 raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not ({strategy.population},)")
             fitness = torch.where(torch.isfinite(fitness), fitness, math.nan)
             seconds = before + time.perf_counter() - started
             entry = journals.entry(number, common.generation_key(outcome.state).tolist(), fitness.tolist(), seconds)
-            outcome.journal = journals.append(outcome.journal, entry)
-            outcome.state = told(strategy, outcome.state, entry)
+            outcome.journal = (journals.append if out else journals.remembered)(outcome.journal, entry)
+            outcome.state = told(strategy, measured, entry)
             lost = 0 if torch.isfinite(fitness).any() else lost + 1
             values = _values(strategy, outcome.state, fitness, time.perf_counter() - began)
             if plan.eval_every and (number + 1) % plan.eval_every == 0:
                 values |= hooks.validate(outcome.state)
-            hooks.record(number + 1, values)
+            hooks.record(number + 1, {**values, **hooks.describe(measured)})
             bar.set_postfix_str(_shown(values), refresh=False)
             bar.update()
             if lost == LOST:
                 raise DataError(
                     f"no member of {LOST} generations in a row had a finite fitness; give a smaller --sigma"
                 )
-            if plan.save_every and (number + 1) % plan.save_every == 0:
+            if out and plan.save_every and (number + 1) % plan.save_every == 0:
                 save(out, outcome, plan.keep)
-    save(out, outcome, plan.keep)
+    if out:
+        save(out, outcome, plan.keep)
     return outcome
 
 
@@ -157,34 +167,66 @@ def _shown(values: Mapping[str, float]) -> str:
 
 
 def save(out: Path, outcome: Outcome, keep: int) -> Path:
-    """The state as a checkpoint, with the journal's check, so that the two are not mixed up."""
+    """The state as a sealed checkpoint, with the journal's length, so that the two are not mixed up.
+
+    A damaged one of the same generation is kept under another name; all but the newest `keep` whole ones go.
+    """
     number = int(outcome.state.generation)
     path = out / "checkpoints" / checkpoints.name(number)
+    if path.exists() and reason(path) is not None:
+        files.replace(path, checkpoints.aside(path))
     with files.writing_folder(path) as temporary:
         tree.save(outcome.state, temporary / "state.safetensors")
-        files.write_json(
-            temporary / "state.json", {"generation": number, "length": outcome.journal.length, "kind": "evolution"}
-        )
-    checkpoints.prune(out / "checkpoints", keep, lambda path: (path / "state.json").is_file())
+        notes = {"kind": "evolution", "generation": number, "length": outcome.journal.length}
+        seal.seal(temporary, NOTES, FORMAT, notes)
+    outcome.whole.add(path)
+    checkpoints.prune(out / "checkpoints", keep, outcome.whole)
     return path
 
 
-def resumed(strategy: Strategy, state: Any, journal: Journal, out: Path) -> Any:
-    """The state to go on with: the newest checkpoint's, and the journal's generations behind it told again.
+def reason(path: Path) -> str | None:
+    """Why a checkpoint cannot be gone on from, None if it can. Raises `seal.LaterFormat` for a later version's."""
+    try:
+        seal.verified(path, NOTES, FORMAT)
+    except seal.LaterFormat:
+        raise
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def newest(out: Path) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named, and kept."""
+    for path in reversed(checkpoints.listing(out / "checkpoints")):
+        why = reason(path)
+        if why is None:
+            return path
+        console.say(f"passing over a damaged checkpoint, which is kept: {why}")
+    return None
+
+
+def resumed(
+    strategy: Strategy,
+    state: Any,
+    journal: Journal,
+    out: Path,
+    advance: Callable[[Any, int], Any] = lambda state, number: state,
+) -> Any:
+    """The state to go on with: that of the newest whole checkpoint, and the journal's generations behind it told again.
 
     Without a checkpoint all of them are. Raises DataError for a journal that ends before its checkpoint.
     """
-    found = checkpoints.listing(out / "checkpoints")
-    if found:
-        number = files.read_json(found[-1] / "state.json")["generation"]
+    path = newest(out)
+    if path is not None:
+        number = seal.read(path, NOTES, FORMAT)["generation"]
         if number > len(journal.generations):
             raise DataError(
-                f"{journal.path} ends with generation {len(journal.generations)} and {found[-1]} stands at {number}; "
-                f"remove {found[-1]} to go on from the journal"
+                f"{journal.path} ends with generation {len(journal.generations)} and {path} stands at {number}; "
+                f"remove {path} to go on from the journal"
             )
-        flat = tree.flatten(tree.load(found[-1] / "state.safetensors", state.key.device))
+        flat = tree.flatten(tree.load(path / "state.safetensors", state.key.device))
         # Copies, because products round by how their operands are aligned, and a file's tensors lie anywhere.
-        state = tree.copy(tree.restore(state, flat, str(found[-1])))
+        state = tree.copy(tree.restore(state, flat, str(path)))
     for entry in journal.generations[int(state.generation) :]:
-        state = told(strategy, state, entry)
+        state = told(strategy, advance(state, int(state.generation)), entry)
     return state

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from functional_lm import tree
+from functional_lm.errors import UsageError
 from functional_lm.evolution.fitness import Batch, Objective
 from functional_lm.evolution.gradient import Wrap, unwrapped
 from functional_lm.evolution.spaces import Space
@@ -37,6 +38,32 @@ class Prepared(NamedTuple):
 
     frozen: Tree
     shared: Tree
+
+
+class Share(NamedTuple):
+    """The part of a population that one process computes: chunks of `size` members, those numbered `chunks`."""
+
+    size: int
+    chunks: range
+
+
+def share(population: int, size: int | None = None, rank: int = 0, ranks: int = 1) -> Share:
+    """The share of one rank: a run of whole chunks, so that every rank computes the shapes that one alone would.
+
+    Raises UsageError where there are more ranks than chunks.
+    """
+    size = population if size is None else min(size, population)
+    count = -(-population // size)
+    if ranks > population:
+        raise UsageError(f"{ranks} ranks are more than the {population} members; start fewer, or give more members")
+    if ranks > count:
+        raise UsageError(
+            f"{ranks} ranks are more than the {count} chunks of {size} members; start fewer, or give a smaller "
+            "--chunk_size"
+        )
+    each, more = divmod(count, ranks)
+    start = rank * each + min(rank, more)
+    return Share(size, range(start, start + each + (rank < more)))
 
 
 def preparation(strategy: Strategy, space: Space, dtype: torch.dtype) -> Callable[[Candidates], Prepared]:
@@ -73,24 +100,34 @@ def evaluator(
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
     wrap: Wrap = unwrapped,
+    part: Share | None = None,
 ) -> Evaluate:
-    """`(candidates, batch) -> fitness` [P] float32 through vmapped, wrapped (compiled) calls of `chunk` members."""
+    """`(candidates, batch) -> fitness` [P] float32 through vmapped, wrapped (compiled) calls of `chunk` members.
+
+    With a `part` it measures that alone.
+    """
     prepare, one = preparation(strategy, space, dtype), member_of(strategy, space, objective, dtype)
     together = wrap(torch.vmap(one, in_dims=(None, None, 0, None)))
-    size = strategy.population if chunk is None else min(chunk, strategy.population)
+    mine = share(strategy.population, chunk) if part is None else part
 
     def evaluate(candidates: Candidates, batch: Batch) -> Float[Tensor, "P"]:
         with torch.no_grad():
             frozen, shared = prepare(candidates)
-            found = [together(frozen, shared, own, batch) for own in chunks(candidates.own, strategy.population, size)]
-        return torch.cat(found)[: strategy.population]
+            found = [together(frozen, shared, own, batch) for own in chunks(candidates.own, strategy.population, mine)]
+        return torch.cat(found)[: members(strategy.population, mine)]
 
     return evaluate
 
 
-def chunks(own: Tree, population: int, size: int) -> Iterator[Tree]:
-    """The members in chunks of `size`; the last one is filled up with repetitions of the last member."""
-    for start in range(0, population, size):
+def members(population: int, part: Share) -> int:
+    """How many members a part has."""
+    return min(part.chunks.stop * part.size, population) - part.chunks.start * part.size
+
+
+def chunks(own: Tree, population: int, part: Share) -> Iterator[Tree]:
+    """The chunks of a part; the last one of all is filled up with repetitions of the last member."""
+    size = part.size
+    for start in (number * size for number in part.chunks):
         stop = min(start + size, population)
         if stop - start == size:
             yield tree.map(lambda leaf, start=start, stop=stop: leaf[start:stop], own)

@@ -8,7 +8,9 @@ Axes: B rows, T tokens of a row, N prompts.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ class Text(NamedTuple):
 
     batch: Callable[[int], Tensors]
     held_out: Callable[[int], list[Tensors]]  # up to so many batches
+    digest: str
 
 
 class Questions(NamedTuple):
@@ -45,6 +48,7 @@ class Questions(NamedTuple):
     length: int  # of the longest prompt, tokens
     encode: Callable[[Row], list[int]]
     stops: tuple[int, ...]
+    digest: str
 
 
 def with_bytes(arrays: dataset.Batch, tokenizer: Tokenizer, device: torch.device) -> Tensors:
@@ -71,7 +75,7 @@ def text(
             return []
         return [tensors(arrays) for arrays in itertools.islice(dataset.windows(validation, block, rows), count)]
 
-    return Text(lambda number: tensors(dataset.batch(train, number, rows, block, seed)), held_out)
+    return Text(lambda number: tensors(dataset.batch(train, number, rows, block, seed)), held_out, data.digest)
 
 
 # Rows of prompt and response ------------------------------------------------------------------------------------------
@@ -113,7 +117,8 @@ def questions(found: Corpus, model: Model, val_fraction: float, seed: int, as_ch
     order = keys.permutation(keys.fold_in_name(keys.key(seed), "questions"), len(made)).tolist()
     cut = max(1, len(made) - round(len(made) * val_fraction))
     stops = chat.stops(tokenizer) if as_chat else (tokenizer.eos_id,)
-    return Questions([made[i] for i in order[:cut]], [made[i] for i in order[cut:]], length, encode, stops)
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()
+    return Questions([made[i] for i in order[:cut]], [made[i] for i in order[cut:]], length, encode, stops, digest)
 
 
 def drawn(asked: Questions, number: int, count: int, seed: int) -> list[Row]:

@@ -51,7 +51,7 @@ def save(
     step = int(state.step.max())
     path = Path(checkpoints) / name(step)
     if path.exists() and reason(path) is not None:
-        files.replace(path, _aside(path))
+        files.replace(path, aside(path))
     parts = state._asdict()
     with files.writing_folder(path) as temporary:
         if config is not None:
@@ -66,7 +66,7 @@ def save(
     return path
 
 
-def _aside(path: Path) -> Path:
+def aside(path: Path) -> Path:
     """A free name for a damaged checkpoint, which `listing` does not take for one."""
     names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in range(1_000_000))
     return next(name for name in names if not name.exists())

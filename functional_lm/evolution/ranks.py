@@ -1,0 +1,177 @@
+"""Processes that measure one population together: the one place that talks to torch.distributed.
+
+    with joined(device, seconds) as group:        alone, unless torchrun started this process
+        values = group.together(measured)         what each rank measured [p], end to end [P], equal everywhere
+
+`torchrun --nproc_per_node N -m functional_lm.evolve ...` starts N ranks. Each draws the same candidates from the same
+keys, measures its part of them and tells all of the fitness, so that every rank has the same state; numbers are all
+that they exchange. Rank 0 alone writes and speaks. A lost rank is noticed by gloo, through which the ranks agree on
+what comes next; on GPUs the fitness itself goes through NCCL.
+
+Axes: P members, p members of one rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from functional_lm.errors import DataError, FunctionalLMError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+WEEK = timedelta(days=7)  # for what takes as long as it takes: torchrun ends who waits for a rank that is lost
+STARTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun says to its processes
+
+
+class Lost(FunctionalLMError):
+    """Another rank has ended or does not answer."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of a run, seen from one of them. Alone it is rank 0 of 1, and nothing is exchanged."""
+
+    rank: int = 0
+    count: int = 1
+    seconds: float = 0.0  # that a rank may be waited for
+    store: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def together(self, values: Tensor) -> Tensor:
+        """The values [p] of all ranks end to end [P], in the order of ranks. Raises Lost."""
+        if self.store is None:
+            return values
+        import torch
+        from torch import distributed
+
+        sizes = [size for (size,) in self.exchanged([len(values)])]
+        padded = values.new_zeros(max(sizes))
+        padded[: len(values)] = values
+        found = [torch.empty_like(padded) for _ in sizes]
+        with self._listening():
+            distributed.all_gather(found, padded)
+        return torch.cat([part[:size] for part, size in zip(found, sizes)])
+
+    def exchanged(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers (equally many, 64 bits) of each rank. Raises Lost."""
+        if self.store is None:
+            return [list(numbers)]
+        import torch
+        from torch import distributed
+
+        own = torch.tensor(list(numbers), dtype=torch.int64)
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        with self._listening():
+            distributed.all_gather(found, own)
+        return [part.tolist() for part in found]
+
+    def in_turn(self, name: str, work: Callable[[], T]) -> T:
+        """`work()` by rank 0, then by the others, who find what it wrote. Raises Lost."""
+        if self.store is None:
+            return work()
+        if not self.first:
+            with self._listening():
+                self.store.wait([f"done: {name}"], WEEK)
+        made = work()
+        if self.first:
+            self.store.set(f"done: {name}", "1")
+        return made
+
+    def check_same(self, facts: Mapping[str, str]) -> None:
+        """Raise DataError where a rank has another fact than rank 0."""
+        digests = [hashlib.sha256(fact.encode()).digest()[:8] for fact in facts.values()]
+        found = self.exchanged([int.from_bytes(digest, "big", signed=True) for digest in digests])
+        for rank, numbers in enumerate(found):
+            for name, first, other in zip(facts, found[0], numbers):
+                if first != other:
+                    raise DataError(f"rank {rank} has another {name} than rank 0; all of them need the same")
+
+    def speaks(self) -> bool:
+        """Whether this rank is the first to have something to say about how the run ends."""
+        with suppress(RuntimeError):
+            return self.store is None or self.store.add("spoken", 1) == 1
+        return True
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of every kind of connection
+            raise Lost(
+                f"a rank was lost: its process ended, or did not answer for {self.seconds:g} s; the journal has all "
+                "generations before, from which the same command goes on with any number of ranks"
+            ) from error
+
+
+@contextmanager
+def joined(device: str, seconds: float) -> Iterator[Group]:
+    """The group of ranks that torchrun started this process in. Raises UsageError where a rank has no GPU of its own.
+
+    Ranks but the first are quiet. Of an error that ends the run, the rank that met it first speaks; the others leave
+    with the same exit code.
+    """
+    if any(name not in os.environ for name in STARTED):
+        yield Group()
+        return
+    from torch import distributed
+
+    store, rank, count = next(distributed.rendezvous("env://"))
+    group = Group(rank, count, seconds, distributed.PrefixStore("functional_lm", store))
+    try:
+        backend = "cpu:gloo,cuda:nccl" if _on_gpus(device) else "gloo"
+        distributed.init_process_group(
+            backend, store=group.store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds)
+        )
+        with _quiet(not group.first):
+            yield group
+    except (FunctionalLMError, OSError, KeyboardInterrupt) as error:
+        if group.speaks():
+            raise
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        raise SystemExit(code) from error
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _on_gpus(device: str) -> bool:
+    """Whether the ranks compute on GPUs; this one takes that of its number on this machine."""
+    import torch
+
+    from functional_lm import compile as compiling
+
+    chosen = compiling.resolve_device(device)
+    if chosen.type != "cuda":
+        return False
+    if chosen.index is not None:
+        raise UsageError(f"--device {device} names one GPU; --device cuda gives each rank its own")
+    place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= there:
+        raise UsageError(f"this machine has {there} GPUs and more ranks; start as many as there are, or --device cpu")
+    torch.cuda.set_device(place)
+    return True
+
+
+@contextmanager
+def _quiet(whether: bool) -> Iterator[None]:
+    if not whether:
+        yield
+        return
+    with redirect_stdout(_Nowhere()), redirect_stderr(_Nowhere()):
+        yield
+
+
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str, /) -> int:
+        return len(text)

@@ -1,0 +1,109 @@
+"""Population-based training: who goes on as whom, with what numbers, and that all of it follows from the journal.
+
+Axes: P members.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import SEEDS, token_rows, weights
+from torch import Tensor
+
+from functional_lm import keys, tree
+from functional_lm.evolution import hyper
+from functional_lm.model.config import ModelConfig
+from functional_lm.training import optimizer, schedule, step
+
+CONFIG = ModelConfig(vocab_size=24, d_model=8, n_layers=1, n_heads=2, d_ff=12, max_len=16, dropout=0.1)
+NUMBERS = {"learning_rate": 3e-3, "beta1": 0.9}
+FUNCTIONS = step.training(CONFIG, optimizer.adamw(), schedule.constant(), numbers=NUMBERS)
+HOW = hyper.Settings(5, exploit=0.4)
+fitnesses = st.lists(st.floats(-9, 9, width=32) | st.just(math.nan) | st.just(math.inf), min_size=5, max_size=5)
+
+
+def batch(number: int) -> dict[str, Tensor]:
+    rows = token_rows(CONFIG, (2, 7), number)
+    return {"tokens": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+
+
+@given(st.floats(1e-6, 0.99))
+def test_scales_come_back(value: float) -> None:
+    for name in NUMBERS:
+        there = hyper.outer(name, hyper.inner(name, torch.tensor(value, dtype=torch.float64)))
+        assert math.isclose(float(there), value, rel_tol=1e-9)
+
+
+@given(SEEDS, st.floats(1, 100))
+def test_members_begin_within_the_spread(seed: int, spread: float) -> None:
+    begun = hyper.beginning(keys.key(seed), NUMBERS, hyper.Settings(64, spread))
+    for name, middle in NUMBERS.items():
+        away = hyper.inner(name, begun[name].double()) - hyper.inner(name, torch.tensor(middle, dtype=torch.float64))
+        assert away.abs().max() <= math.log(spread) + 1e-4
+        assert (begun[name] >= 0).all()
+        assert spread < 1.5 or len(begun[name].unique()) > 32
+
+
+@given(SEEDS, fitnesses)
+def test_the_worst_go_on_from_the_best(seed: int, values: list[float]) -> None:
+    fitness = torch.tensor(values)
+    parents, replaced = hyper.selected(keys.key(seed), fitness, HOW)
+    finite = [i for i in range(5) if math.isfinite(values[i])]
+    if not finite:
+        assert not replaced.any()
+        assert parents.tolist() == list(range(5))
+        return
+    best = sorted(finite, key=lambda i: -values[i])[:2]
+    assert {values[int(p)] for p in parents[replaced]} <= {values[i] for i in best}
+    assert parents[~replaced].tolist() == [i for i in range(5) if not replaced[i]]
+    assert not replaced[fitness.nan_to_num(-math.inf, -math.inf, -math.inf).argmax()]
+    assert all(replaced[i] for i in range(5) if i not in finite)
+    assert int(replaced.sum()) == max(2, 5 - len(finite))
+
+
+@given(SEEDS, st.lists(fitnesses, min_size=1, max_size=3))
+@settings(max_examples=6)
+def test_tell_copies_weights_optimizer_and_numbers_and_history_knows(seed: int, given: list[list[float]]) -> None:
+    strategy = hyper.pbt(HOW, FUNCTIONS, NUMBERS, lambda key: weights(CONFIG, int(key[0]) % 7))
+    train = hyper.steps_of(FUNCTIONS, lambda function: function)
+    key, measured = keys.key(seed), [torch.tensor(values) for values in given]
+    numbers_of, parents_of = hyper.history(key, [*measured, measured[0]], NUMBERS, HOW)
+    state = strategy.init(key, {})
+    for generation, fitness in enumerate(measured):
+        for name, values in numbers_of[generation].items():
+            assert torch.equal(state.states.numbers[name], values)
+        trained = state._replace(states=train(state.states, batch, 2 * generation, 2))
+        after = strategy.tell(trained, fitness)
+        parents = parents_of[generation + 1]
+        for name in ("params", "optimizer", "step"):
+            was, now = tree.flatten({name: getattr(trained.states, name)}), {name: getattr(after.states, name)}
+            assert all(torch.equal(leaf, was[path][parents]) for path, leaf in tree.flatten(now).items())
+        assert torch.equal(after.states.key, state.states.key)  # copies drop out on their own
+        kept = parents == torch.arange(5)
+        for name, values in trained.states.numbers.items():
+            assert torch.equal(after.states.numbers[name][kept], values[kept])
+        state = after
+    member = int(parents_of[-1][4])
+    line = hyper.lineage(numbers_of, parents_of, len(measured), 4)
+    for name in NUMBERS:
+        assert len(line[name]) == len(measured) + 1
+        assert line[name][-1] == float(numbers_of[-1][name][4])
+        assert line[name][-2] == float(numbers_of[-2][name][member])
+
+
+@given(SEEDS)
+@settings(max_examples=3)
+def test_members_train_as_if_each_were_alone(seed: int) -> None:
+    """With numbers and dropout of its own, on the batches of all."""
+    strategy = hyper.pbt(hyper.Settings(3), FUNCTIONS, NUMBERS)
+    state = strategy.init(keys.key(seed), weights(CONFIG, seed))
+    together = hyper.steps_of(FUNCTIONS, lambda function: function)(state.states, batch, 4, 3)
+    for member, (before, after) in enumerate(zip(tree.unstack(state.states), tree.unstack(together))):
+        one = before
+        for number in range(4, 7):
+            one, _ = FUNCTIONS.train_step(one, batch(number))
+        for path, leaf in tree.flatten(one.params).items():
+            torch.testing.assert_close(leaf, tree.flatten(after.params)[path], rtol=1e-3, atol=1e-5, msg=f"{member}")

@@ -1,0 +1,202 @@
+"""Ranks: any number of processes measures what one does, bit for bit, and none that is lost takes anything with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_evolve import EAGER, at, evolved, there, weights_of
+
+from functional_lm import tree
+from functional_lm.errors import DataError, UsageError
+from functional_lm.evolution import journal as journals
+from functional_lm.evolution import population
+from functional_lm.evolution.ranks import Group
+
+__all__ = ["at", "there"]  # fixtures
+ROOT = Path(__file__).parents[1]
+ALWAYS = ["--model", "model", "--block_size", "16", "--batch_size", "4", *EAGER]
+FLAGS = ["--population", "8", "--chunk_size", "2"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As torchrun has it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Shares ---------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 8))
+def test_shares_are_whole_chunks_that_make_the_population(size: int, chunk: int, ranks: int) -> None:
+    own = {"x": torch.arange(size)}
+    if ranks > -(-size // chunk):
+        with pytest.raises(UsageError, match="ranks are more than the"):
+            population.share(size, chunk, 0, ranks)
+        return
+    parts = [population.share(size, chunk, rank, ranks) for rank in range(ranks)]
+    whole = list(population.chunks(own, size, population.share(size, chunk)))
+    divided = [one for part in parts for one in population.chunks(own, size, part)]
+    assert [one["x"].tolist() for one in whole] == [one["x"].tolist() for one in divided]
+    counts = [population.members(size, part) for part in parts]
+    assert sum(counts) == size
+    assert min(counts) > 0
+    assert max(len(part.chunks) for part in parts) - min(len(part.chunks) for part in parts) <= 1
+
+
+def test_alone_there_is_nobody_to_wait_for() -> None:
+    group = Group()
+    values = torch.arange(3.0)
+    assert group.together(values) is values
+    assert group.exchanged([1, 2]) == [[1, 2]]
+    assert group.in_turn("x", lambda: 3) == 3
+    group.check_same({"model": "a"})
+    assert group.speaks()
+
+
+class Two(Group):
+    """Two ranks, of which the other always says the same."""
+
+    def exchanged(self, numbers: Sequence[int]) -> list[list[int]]:
+        return [list(numbers), [5] * len(numbers)]
+
+
+def test_a_rank_with_another_model_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match="rank 1 has another model than rank 0; all of them need the same"):
+        Two().check_same({"model": "a", "text": "b"})
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def begun(ranks: int, out: Path, log: Path, *more: str, data: str = "text.txt") -> subprocess.Popen[bytes]:
+    """torchrun in the working directory of the test, at a free port."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += ["-m", "functional_lm.evolve", *ALWAYS, "--data", data, "--out", str(out), *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def process_of(runner: int, rank: int) -> int:
+    children = Path(f"/proc/{runner}/task/{runner}/children").read_text().split()
+    return next(
+        int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    )
+
+
+def generations(out: Path) -> int:
+    path = out / journals.NAME
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
+
+
+def killed(rank: int, ranks: int, out: Path, log: Path) -> str:
+    """What is said when a rank is killed after some generations."""
+    runner = begun(ranks, out, log, *FLAGS, "--generations", "100000", "--save_every", "7")
+    try:
+        until(runner, out, 10)
+        os.kill(process_of(runner.pid, rank), signal.SIGKILL)
+        assert runner.wait(300) != 0
+    finally:
+        runner.terminate()
+    return log.read_text()
+
+
+def until(runner: subprocess.Popen[bytes], out: Path, count: int) -> None:
+    """Return when so many generations are in the journal."""
+    last = time.monotonic() + 600
+    while generations(out) < count:
+        assert runner.poll() is None
+        assert time.monotonic() < last
+        time.sleep(0.05)
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+def test_two_ranks_of_which_one_is_lost_and_one_that_goes_on_are_one(at: Path) -> None:
+    """The generations that two ranks measured and those that one does are the ones of an uninterrupted run."""
+    said = killed(1, 2, at / "run", at / "log")
+    assert [line[:23] for line in errors(said)] == ["error: a rank was lost:"]
+    done = generations(at / "run")
+    assert evolved(at / "run", *FLAGS, "--generations", str(done + 3)) == 0
+    assert evolved(at / "whole", *FLAGS, "--generations", str(done + 3)) == 0
+    assert weights_of(at / "run") == weights_of(at / "whole")
+    header = journals.read(at / "run" / journals.NAME).header
+    assert (header["ranks"], header["chunk"], header["threads"]) == (2, 2, 1)
+
+
+@pytest.mark.long
+def test_one_two_and_four_ranks_end_with_the_same_bytes(at: Path) -> None:
+    assert evolved(at / "1", *FLAGS, "--generations", "5") == 0
+    for ranks in (2, 4):
+        assert begun(ranks, at / f"{ranks}", at / "log", *FLAGS, "--generations", "5").wait(600) == 0, (
+            at / "log"
+        ).read_text()
+        assert (at / "log").read_text().count("members, 2 at once on each of") == 1
+    files = ["adapter_model.safetensors", "checkpoints/step-00000005/state.safetensors"]
+    for name in files:
+        assert len({(at / ranks / name).read_bytes() for ranks in "124"}) == 1, name
+    assert len({tree.digest(tree.load(at / ranks / files[0])) for ranks in "124"}) == 1
+
+
+@pytest.mark.long
+def test_the_first_of_four_is_lost_and_two_go_on(at: Path) -> None:
+    said = killed(0, 4, at / "run", at / "log")
+    assert [line[:23] for line in errors(said)] == ["error: a rank was lost:"]
+    total = str(generations(at / "run") + 4)
+    assert begun(2, at / "run", at / "log", *FLAGS, "--generations", total).wait(600) == 0, (at / "log").read_text()
+    assert "going on with" in (at / "log").read_text()
+    assert evolved(at / "whole", *FLAGS, "--generations", total) == 0
+    assert weights_of(at / "run") == weights_of(at / "whole")
+
+
+@pytest.mark.long
+def test_what_ranks_refuse_is_said_once(at: Path) -> None:
+    Path("unlike.py").write_text(
+        "import os\n"
+        "def by_rank(texts, rows):\n"
+        "    if os.environ.get('RANK') == '1':\n        raise ValueError('on purpose')\n"
+        "    return [0.0] * len(texts)\n"
+    )
+    answered = ["--population", "4", "--chunk_size", "2", "--fitness", "unlike:by_rank", "--max_tokens", "4"]
+    cases = {
+        "4 ranks are more than the 2 chunks of 4 members": (4, ["--population", "8", "--chunk_size", "4"], "text.txt"),
+        "3 ranks are more than the 2 members": (3, ["--population", "2"], "text.txt"),
+        "--population 5 is odd": (2, ["--population", "5"], "text.txt"),
+        "the fitness unlike:by_rank raised ValueError: on purpose": (2, answered, "rows.jsonl"),
+    }
+    for number, (message, (ranks, more, data)) in enumerate(cases.items()):
+        assert begun(ranks, at / f"{number}", at / "log", *more, data=data).wait(600) != 0
+        (line,) = errors((at / "log").read_text())
+        assert message in line
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_all_of_them_after_the_generation(at: Path) -> None:
+    runner = begun(2, at / "run", at / "log", *FLAGS, "--generations", "100000")
+    until(runner, at / "run", 5)
+    runner.send_signal(signal.SIGTERM)
+    assert runner.wait(300) != 0
+    said = (at / "log").read_text()
+    assert "stopped after generation" in said
+    assert errors(said) == []
+    total = str(generations(at / "run") + 2)
+    assert evolved(at / "run", *FLAGS, "--generations", total) == 0
+    assert evolved(at / "whole", *FLAGS, "--generations", total) == 0
+    assert weights_of(at / "run") == weights_of(at / "whole")
