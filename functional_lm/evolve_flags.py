@@ -12,6 +12,8 @@ from functional_lm.training_flags import DEVICES, OPTIMIZERS
 # Names of what `evolution/` has; a test holds them equal.
 STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es")
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
+RESTARTING = ("cma-es", "sep-cma-es")
+RESTARTS = ("none", "ipop", "bipop")
 ANTITHETIC = ("openai-es", "eggroll")
 SPACES = ("full", "lora")
 MEASURED = ("loss", "bits", "accuracy")
@@ -24,6 +26,7 @@ FIXED = (
     "shaping", "noise", "elites", "tournament", "pressure", "crossover", "crossover_rate", "mutation", "mutation_rate",
     "strength", "batch_size", "block_size", "val_fraction", "max_tokens", "temperature", "stop", "chat", "dtype",
     "seed", "compile",
+    "restarts",
 )  # fmt: skip
 
 
@@ -68,6 +71,10 @@ class EvolveFlags:
     noise: str = option(
         "stored", "regenerated: drawn inside the forward, in no memory", choices=("stored", "regenerated"),
         group="Strategy",
+    )  # fmt: skip
+    restarts: str = option(
+        "none", "of cma-es and sep-cma-es once they converge: with twice the population, or in turns with small ones",
+        choices=RESTARTS, group="Strategy",
     )  # fmt: skip
     elites: int = option(2, "members that stay as they are", low=0, group="Genetic")
     tournament: int = option(3, "entrants of a tournament", low=1, group="Genetic")
@@ -127,6 +134,10 @@ def check(flags: EvolveFlags) -> None:
         raise UsageError(f"--leaves chooses in --space full; {flags.space} has --targets")
     if flags.noise == "regenerated" and flags.strategy not in ESTIMATING:
         raise UsageError(f"--noise regenerated is for {' and '.join(ESTIMATING)}; {flags.strategy} stores its members")
+    if flags.restarts != "none" and flags.strategy not in RESTARTING:
+        raise UsageError(
+            f"--restarts are for {' and '.join(RESTARTING)}; {flags.strategy} does not converge as they do"
+        )
     if flags.chunk_size != "auto" and not (flags.chunk_size.isdecimal() and int(flags.chunk_size) > 0):
         raise UsageError(f"--chunk_size is {flags.chunk_size!r}; it is auto or a whole number above 0")
     if flags.fitness not in (*MEASURED, "exact") and ":" not in flags.fitness:

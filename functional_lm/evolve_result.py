@@ -66,8 +66,11 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
 
 
 def usual_choice(options: EvolveFlags) -> str:
-    """What is kept where nothing tells which is better: a distribution's mean, but of single members the best."""
-    return "best" if options.strategy == "genetic" else "centre"
+    """What is kept where nothing tells which is better: a distribution's mean, but of single members the best.
+
+    So too after restarts, which begin far from where the last run ended.
+    """
+    return "best" if options.strategy == "genetic" or options.restarts != "none" else "centre"
 
 
 def _card(options: EvolveFlags, summary: Mapping[str, Any], out: Path, use: str) -> str:

@@ -74,6 +74,16 @@ KINDS = {
     "part by genetics": ["--space", "full", "--leaves", "*mlp*", "--strategy", "genetic"],
     "model by mezo": ["--space", "full", "--strategy", "mezo"],
     "norms by cma-es": ["--space", "full", "--leaves", "*norm*", "--strategy", "cma-es"],
+    "norms by cma-es, restarts": [
+        "--space",
+        "full",
+        "--leaves",
+        "*norm*",
+        "--strategy",
+        "cma-es",
+        "--restarts",
+        "ipop",
+    ],
     "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
 }
 
@@ -157,6 +167,7 @@ REFUSED = {
         "no member of 5 generations in a row had a finite",
     ),
     "elites": (["--strategy", "genetic", "--elites", "4"], "--elites 4 leave no room in a --population of 4"),
+    "restarts": (["--restarts", "ipop"], "--restarts are for cma-es and sep-cma-es; eggroll does not"),
     "chunk": (["--chunk_size", "0"], "--chunk_size is '0'; it is auto or a whole number above 0"),
     "noise": (["--strategy", "genetic", "--noise", "regenerated"], "--noise regenerated is for openai-es and eggroll"),
     "long": (["--fitness", "exact", "--max_tokens", "30"], "exceed the model's max_len 32"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from functional_lm import evolve_flags, keys, tree
 from functional_lm.errors import UsageError
-from functional_lm.evolution import eggroll, genetic, gradient, mezo, openai, shaping
+from functional_lm.evolution import eggroll, genetic, gradient, mezo, openai, restarts, shaping
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.strategy import Strategy
 from functional_lm.training.optimizer import OPTIMIZERS, optimizer
@@ -36,10 +36,16 @@ def made(name: str, population: int = 16, noise: str = "stored") -> Strategy:
     how = gradient.Settings(population, noise=noise)
     if name == "genetic":
         return genetic.genetic(genetic.Settings(population, strength=0.5))
+    if name in OTHERS:
+        return OTHERS[name](population)
     return openai.openai_es(how, numbers=AT) if name == "openai-es" else eggroll.eggroll(how, 1, numbers=AT)
 
 
-NAMES = ("genetic", "openai-es", "eggroll")
+OTHERS: dict[str, Callable[[int], Strategy]] = {
+    "cma-es, ipop": lambda population: restarts.restarting("ipop", population, 0.2),
+    "sep-cma-es, bipop": lambda population: restarts.restarting("bipop", population, 0.2, separable=True),
+}
+NAMES = ("genetic", "openai-es", "eggroll", *OTHERS)
 EVERY = pytest.mark.parametrize("name", NAMES)
 
 

@@ -143,6 +143,7 @@ def _values(strategy: Strategy, state: Any, fitness: Tensor, seconds: float) -> 
         "fitness_best_so_far": float(state.best_fitness),
         "not_finite": len(fitness) - len(known),
         "evaluations_per_second": strategy.population / seconds,
+        **strategy.told(state),
     }
 
 
