@@ -10,8 +10,11 @@ from functional_lm.prepare import SOURCES
 from functional_lm.training_flags import DEVICES, OPTIMIZERS
 
 # Names of what `evolution/` has; a test holds them equal.
-STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es")
+STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es",
+              "differential-evolution", "pso")  # fmt: skip
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
+KEEPING = ("genetic", "differential-evolution", "pso")  # members, of which the best is what is wanted
+BASES = ("rand", "best", "current-to-best")
 RESTARTING = ("cma-es", "sep-cma-es")
 RESTARTS = ("none", "ipop", "bipop")
 ANTITHETIC = ("openai-es", "eggroll")
@@ -26,7 +29,7 @@ FIXED = (
     "shaping", "noise", "elites", "tournament", "pressure", "crossover", "crossover_rate", "mutation", "mutation_rate",
     "strength", "batch_size", "block_size", "val_fraction", "max_tokens", "temperature", "stop", "chat", "dtype",
     "seed", "compile",
-    "restarts",
+    "restarts", "de_base", "de_weight", "de_crossover", "inertia", "cognitive", "social",
 )  # fmt: skip
 
 
@@ -86,6 +89,16 @@ class EvolveFlags:
     mutation: str = option("element", "noise on numbers, or on tensors", choices=("element", "tensor"), group="Genetic")
     mutation_rate: float = option(0.1, "share of them", low=0, high=1, group="Genetic")
     strength: float = option(0.1, "size of the noise, in spreads of the tensor", above=0, group="Genetic")
+    de_base: str = option(
+        "rand", "what a scaled difference of two members is added to", choices=BASES, group="Differential evolution"
+    )
+    de_weight: float = option(0.5, "that scale, F", above=0, group="Differential evolution")
+    de_crossover: float = option(
+        0.9, "share of the numbers that a trial has of it, CR", low=0, high=1, group="Differential evolution"
+    )
+    inertia: float = option(0.7298, "share of the velocity that stays", low=0, below=1, group="Particle swarm")
+    cognitive: float = option(1.49618, "pull of a particle's own best place", low=0, group="Particle swarm")
+    social: float = option(1.49618, "pull of the swarm's best place", low=0, group="Particle swarm")
     generations: int = option(100, "generations", low=1, group="Length")
     evaluations: int | None = option(None, "most evaluations of members", low=1, group="Length")
     minutes: float | None = option(None, "wall time, compiling included", above=0, group="Length")
@@ -128,6 +141,8 @@ def check(flags: EvolveFlags) -> None:
         raise UsageError(f"--population {flags.population} is {what}")
     if flags.strategy == "genetic" and flags.elites >= flags.population:
         raise UsageError(f"--elites {flags.elites} leave no room in a --population of {flags.population}")
+    if flags.strategy == "differential-evolution" and flags.population < 4:
+        raise UsageError(f"--population {flags.population} is too small; a trial needs 3 members besides its own")
     if flags.space != "lora" and flags.adapter is not None:
         raise UsageError(f"--adapter is evolved in --space lora, not in {flags.space}")
     if flags.space != "full" and flags.leaves != ("*",):

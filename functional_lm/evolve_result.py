@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from functional_lm import console, files
-from functional_lm.evolve_flags import EvolveFlags
+from functional_lm.evolve_flags import KEEPING, EvolveFlags
 from functional_lm.evolve_search import Evolution
 from functional_lm.evolve_task import Task
 
@@ -70,7 +70,7 @@ def usual_choice(options: EvolveFlags) -> str:
 
     So too after restarts, which begin far from where the last run ended.
     """
-    return "best" if options.strategy == "genetic" or options.restarts != "none" else "centre"
+    return "best" if options.strategy in KEEPING or options.restarts != "none" else "centre"
 
 
 def _card(options: EvolveFlags, summary: Mapping[str, Any], out: Path, use: str) -> str:

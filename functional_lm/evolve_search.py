@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm.evolve_flags import EvolveFlags
+from functional_lm.evolve_strategies import of_members
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,8 @@ def _strategy(options: EvolveFlags, start: Tree) -> Strategy:
         names = {field.name for field in dataclasses.fields(genetic.Settings)}
         settings = genetic.Settings(**{name: value for name, value in values.items() if name in names})
         return genetic.genetic(settings, wrap)
+    if (found := of_members(options, wrap)) is not None:
+        return found
     if options.restarts != "none":
         separable = options.strategy == "sep-cma-es"
         return restarts.restarting(options.restarts, options.population, options.sigma, separable)

@@ -84,6 +84,8 @@ KINDS = {
         "--restarts",
         "ipop",
     ],
+    "adapter by differential evolution": ["--strategy", "differential-evolution", "--de_base", "current-to-best"],
+    "part by pso": ["--space", "full", "--leaves", "*mlp*", "--strategy", "pso"],
     "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
 }
 
@@ -167,6 +169,10 @@ REFUSED = {
         "no member of 5 generations in a row had a finite",
     ),
     "elites": (["--strategy", "genetic", "--elites", "4"], "--elites 4 leave no room in a --population of 4"),
+    "few": (
+        ["--strategy", "differential-evolution", "--population", "3"],
+        "--population 3 is too small; a trial needs 3",
+    ),
     "restarts": (["--restarts", "ipop"], "--restarts are for cma-es and sep-cma-es; eggroll does not"),
     "chunk": (["--chunk_size", "0"], "--chunk_size is '0'; it is auto or a whole number above 0"),
     "noise": (["--strategy", "genetic", "--noise", "regenerated"], "--noise regenerated is for openai-es and eggroll"),

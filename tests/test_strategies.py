@@ -18,7 +18,7 @@ from torch import Tensor
 
 from functional_lm import evolve_flags, keys, tree
 from functional_lm.errors import UsageError
-from functional_lm.evolution import eggroll, genetic, gradient, mezo, openai, restarts, shaping
+from functional_lm.evolution import differential, eggroll, genetic, gradient, mezo, openai, restarts, shaping, swarm
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.strategy import Strategy
 from functional_lm.training.optimizer import OPTIMIZERS, optimizer
@@ -44,6 +44,10 @@ def made(name: str, population: int = 16, noise: str = "stored") -> Strategy:
 OTHERS: dict[str, Callable[[int], Strategy]] = {
     "cma-es, ipop": lambda population: restarts.restarting("ipop", population, 0.2),
     "sep-cma-es, bipop": lambda population: restarts.restarting("bipop", population, 0.2, separable=True),
+    "differential-evolution": lambda population: differential.differential(
+        differential.Settings(population, 0.5, "best", 0.6)
+    ),
+    "pso": lambda population: swarm.particle_swarm(swarm.Settings(population, 0.3)),
 }
 NAMES = ("genetic", "openai-es", "eggroll", *OTHERS)
 EVERY = pytest.mark.parametrize("name", NAMES)
