@@ -94,14 +94,14 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
                 break
             began = time.perf_counter()
             fitness = hooks.measure(strategy.ask(outcome.state), number).float().cpu()
-            if fitness.shape != (strategy.population,):
-                raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not ({strategy.population},)")
+            if fitness.shape != (shape := common.shape_of_fitness(strategy)):
+                raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not {shape}")
             fitness = torch.where(torch.isfinite(fitness), fitness, math.nan)
             seconds = before + time.perf_counter() - started
             entry = journals.entry(number, common.generation_key(outcome.state).tolist(), fitness.tolist(), seconds)
             outcome.journal = journals.append(outcome.journal, entry)
             outcome.state = told(strategy, outcome.state, entry)
-            lost = 0 if torch.isfinite(fitness).any() else lost + 1
+            lost = 0 if torch.isfinite(first_figure(fitness)).any() else lost + 1
             values = _values(strategy, outcome.state, fitness, time.perf_counter() - began)
             if plan.eval_every and (number + 1) % plan.eval_every == 0:
                 values |= hooks.validate(outcome.state)
@@ -131,7 +131,8 @@ def _ending(plan: Plan, strategy: Strategy, outcome: Outcome, number: int) -> st
 
 
 def _values(strategy: Strategy, state: Any, fitness: Tensor, seconds: float) -> dict[str, float]:
-    """A line of metrics; best, mean and spread are this generation's, over its finite members."""
+    """A line of metrics; best, mean and spread are this generation's, over its finite members, of the first figure."""
+    fitness = first_figure(fitness)
     known = fitness[torch.isfinite(fitness)].double()
     number = int(state.generation)
     return {
@@ -145,6 +146,13 @@ def _values(strategy: Strategy, state: Any, fitness: Tensor, seconds: float) -> 
         "evaluations_per_second": strategy.population / seconds,
         **strategy.told(state),
     }
+
+
+def first_figure(fitness: Tensor) -> Tensor:
+    """The fitness [P] of members of several figures: the first one, where all of them are finite."""
+    if fitness.dim() == 1:
+        return fitness
+    return torch.where(torch.isfinite(fitness).all(1), fitness[:, 0], math.nan)
 
 
 def _shown(values: Mapping[str, float]) -> str:

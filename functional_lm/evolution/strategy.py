@@ -93,6 +93,11 @@ def unmoved(population: int = 1) -> Strategy:
     return Strategy("unmoved", population, never, never, never, as_it_stands, plain)
 
 
+def shape_of_fitness(strategy: Strategy) -> tuple[int, ...]:
+    """[P], or [P, O] where a member has several figures."""
+    return (strategy.population,) if strategy.figures == 1 else (strategy.population, strategy.figures)
+
+
 def evaluate(strategy: Strategy, candidates: Candidates, function: Callable[[Tree], Any]) -> Float[Tensor, "P *O"]:
     """The fitness of each member by any Python function of its plain tree, one after the other, float64.
 
