@@ -11,9 +11,9 @@ from functional_lm.training_flags import DEVICES, OPTIMIZERS
 
 # Names of what `evolution/` has; a test holds them equal.
 STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es",
-              "differential-evolution", "pso")  # fmt: skip
+              "differential-evolution", "pso", "nsga2", "map-elites")  # fmt: skip
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
-KEEPING = ("genetic", "differential-evolution", "pso")  # members, of which the best is what is wanted
+KEEPING = ("genetic", "differential-evolution", "pso", "map-elites")  # members, of which the best is what is wanted
 BASES = ("rand", "best", "current-to-best")
 RESTARTING = ("cma-es", "sep-cma-es")
 RESTARTS = ("none", "ipop", "bipop")
@@ -30,6 +30,7 @@ FIXED = (
     "strength", "batch_size", "block_size", "val_fraction", "max_tokens", "temperature", "stop", "chat", "dtype",
     "seed", "compile",
     "restarts", "de_base", "de_weight", "de_crossover", "inertia", "cognitive", "social",
+    "descriptor", "bins", "ranges", "line",
 )  # fmt: skip
 
 
@@ -47,7 +48,9 @@ class EvolveFlags:
     )
     out: str = option("runs/evolve", "run folder to write", aliases=("output_dir",))
     fitness: str = option(
-        "loss", "loss, bits (per byte) or accuracy, all of the next token; exact (match), or module:function of answers"
+        "loss",
+        "loss, bits (per byte) or accuracy, all of the next token; exact (match), or module:function of answers; "
+        "for nsga2 several of them, commas between",
     )
     space: str = option("lora", "what is evolved: the model's leaves, or an adapter", choices=SPACES, group="Space")
     leaves: tuple[str, ...] = option(("*",), "leaves to evolve, of space full: globs over paths", group="Space")
@@ -99,6 +102,12 @@ class EvolveFlags:
     inertia: float = option(0.7298, "share of the velocity that stays", low=0, below=1, group="Particle swarm")
     cognitive: float = option(1.49618, "pull of a particle's own best place", low=0, group="Particle swarm")
     social: float = option(1.49618, "pull of the swarm's best place", low=0, group="Particle swarm")
+    descriptor: tuple[str, ...] = option(
+        (), "figures that tell kinds apart, each as --fitness has them, commas between", group="MAP-Elites"
+    )
+    bins: str = option("10x10", "cells of the grid along each of them", group="MAP-Elites")
+    ranges: tuple[str, ...] = option((), "LOW:HIGH of each of them, commas between", group="MAP-Elites")
+    line: float = option(0.0, "step along the line to another elite, in its length", low=0, group="MAP-Elites")
     generations: int = option(100, "generations", low=1, group="Length")
     evaluations: int | None = option(None, "most evaluations of members", low=1, group="Length")
     minutes: float | None = option(None, "wall time, compiling included", above=0, group="Length")
@@ -155,10 +164,44 @@ def check(flags: EvolveFlags) -> None:
         )
     if flags.chunk_size != "auto" and not (flags.chunk_size.isdecimal() and int(flags.chunk_size) > 0):
         raise UsageError(f"--chunk_size is {flags.chunk_size!r}; it is auto or a whole number above 0")
-    if flags.fitness not in (*MEASURED, "exact") and ":" not in flags.fitness:
-        raise UsageError(f"--fitness is {flags.fitness!r}; it is {', '.join(MEASURED)}, exact or module:function")
+    _check_figures(flags)
 
 
-def answers(flags: EvolveFlags) -> bool:
-    """Whether fitness is that of generated text."""
-    return flags.fitness not in MEASURED
+def _check_figures(flags: EvolveFlags) -> None:
+    objectives = flags.fitness.split(",")
+    for flag, names in (("fitness", objectives), ("descriptor", flags.descriptor)):
+        for name in names:
+            if name not in (*MEASURED, "exact") and ":" not in name:
+                raise UsageError(f"--{flag} is {name!r}; it is {', '.join(MEASURED)}, exact or module:function")
+    if (flags.strategy == "nsga2") != (len(objectives) > 1):
+        what = "needs several" if flags.strategy == "nsga2" else "takes one"
+        raise UsageError(f"{flags.strategy} {what} --fitness, and {flags.fitness!r} names {len(objectives)}")
+    if (flags.strategy == "map-elites") != bool(flags.descriptor):
+        raise UsageError("--descriptor and --strategy map-elites go together")
+    if flags.descriptor:
+        grid(flags)
+
+
+def grid(flags: EvolveFlags) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+    """Bins, lows and highs of --bins and --ranges. Raises UsageError."""
+    bins = flags.bins.split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in bins):
+        raise UsageError(f"--bins is {flags.bins!r}; it is whole numbers above 0 with x between, such as 10x10")
+    for name, parts in (("bins", bins), ("ranges", flags.ranges)):
+        if len(parts) != len(flags.descriptor):
+            raise UsageError(f"--{name} has {len(parts)} parts for {len(flags.descriptor)} --descriptor; one for each")
+    try:
+        lows, highs = zip(*((float(low), float(high)) for low, _, high in (one.partition(":") for one in flags.ranges)))
+    except ValueError:
+        raise UsageError(f"--ranges is {','.join(flags.ranges)!r}; it is LOW:HIGH, commas between") from None
+    return tuple(map(int, bins)), lows, highs
+
+
+def figures(flags: EvolveFlags) -> tuple[str, ...]:
+    """What is measured of a member: its fitness, each objective of it, or it and a descriptor."""
+    return (*flags.fitness.split(","), *flags.descriptor)
+
+
+def answers(name: str) -> bool:
+    """Whether a figure is one of generated text."""
+    return name not in MEASURED

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, files
+from functional_lm import console, evolve_figures, files
 from functional_lm.evolve_flags import KEEPING, EvolveFlags
 from functional_lm.evolve_search import Evolution
 from functional_lm.evolve_task import Task
@@ -27,7 +27,7 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
     held = {name: task.held_out(leaves) for name, leaves in trees.items()}
     usual = usual_choice(options)
     other = "centre" if usual == "best" else "best"
-    kept = other if held[other] > held[usual] else usual
+    kept = other if held[other] > held[usual] and options.strategy != "nsga2" else usual
     evolution.model.tokenizer.save(out)
     evolution.write(out, trees[kept])
     generations, digest = int(state.generation), tree.digest(trees[kept])
@@ -46,6 +46,8 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
         "wall_seconds": time.perf_counter() - started,
         "ended": outcome.ended,
     }
+    if generations:
+        summary |= evolve_figures.report(options, state, out)
     files.write_json(out / "summary.json", summary)
     if generations:
         record.plot(out, f"fitness ({options.fitness})")
@@ -68,14 +70,15 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
 def usual_choice(options: EvolveFlags) -> str:
     """What is kept where nothing tells which is better: a distribution's mean, but of single members the best.
 
-    So too after restarts, which begin far from where the last run ended.
+    So too after restarts, which begin far from where the last run ended. Of a front it is the compromise, the centre,
+    whatever one objective says of it.
     """
     return "best" if options.strategy in KEEPING or options.restarts != "none" else "centre"
 
 
 def _card(options: EvolveFlags, summary: Mapping[str, Any], out: Path, use: str) -> str:
     shown = {**summary, **{f"held out, {name}": value for name, value in summary["held_out"].items()}}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items() if not isinstance(value, dict))
+    rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items() if not isinstance(value, dict | list))
     return (
         f"# {out.name}\n\nEvolved with functional_lm from `{options.model}` by {options.strategy} on "
         f"`{options.data}`.\n\n"

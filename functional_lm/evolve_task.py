@@ -29,23 +29,46 @@ class Task(NamedTuple):
 
 
 def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path) -> Task:
+    """Of several figures, those of text that is read and those of answers are each measured together."""
     from functional_lm.evolution import task
 
-    rows = task.is_rows(found)
-    if evolve_flags.answers(options):
-        if not rows:
-            raise DataError(f"--fitness {options.fitness} scores answers; --data {options.data} has no rows of prompt "
-                            "and response")  # fmt: skip
-        return _answered(options, evolution, found)
-    return _read(options, evolution, found, out, rows)
+    rows, names = task.is_rows(found), evolve_flags.figures(options)
+    answered = tuple(filter(evolve_flags.answers, names))
+    read = tuple(name for name in names if name not in answered)
+    if answered and not rows:
+        raise DataError(f"--fitness {answered[0]} scores answers; --data {options.data} has no rows of prompt "
+                        "and response")  # fmt: skip
+    tasks = [_read(options, evolution, found, out, rows, read)] if read else []
+    tasks += [_answered(options, evolution, found, answered)] if answered else []
+    if len(tasks) == 1:
+        return tasks[0]
+    return _together(tasks, [read, answered], names)
 
 
-def _read(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, rows: bool) -> Task:
+def _together(tasks: list[Task], groups: list[tuple[str, ...]], names: tuple[str, ...]) -> Task:
+    """Tasks that measure groups of figures as one that measures them in the order of `names`."""
+    import torch
+
+    places = {name: place for place, name in enumerate(name for group in groups for name in group)}
+    order = [places[name] for name in names]
+
+    def measure(candidates: Candidates, number: int) -> Tensor:
+        found = [one.measure(candidates, number) for one in tasks]
+        columns = torch.cat([one.view(one.shape[0], -1).cpu() for one in found], 1)
+        return columns[:, order]
+
+    first = tasks[0] if names[0] in groups[0] else tasks[1]
+    return Task(measure, first.held_out, sum(one.tokens for one in tasks))
+
+
+def _read(
+    options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, rows: bool, names: tuple[str, ...]
+) -> Task:
     """Loss, bits or accuracy of text, or of the responses in rows."""
     import torch
 
     from functional_lm.compile import compiled
-    from functional_lm.evolution import population, task
+    from functional_lm.evolution import fitness, population, task
     from functional_lm.model.compute import compute_copy
 
     model, device, size = evolution.model, torch.device(options.device), options.batch_size
@@ -67,9 +90,10 @@ def _read(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, 
         text = task.text(found, model, out, options.val_fraction, size, width, options.seed, device)
         batch, held = text.batch, text.held_out(options.eval_batches)
     tokens = size * width
-    objective = task.objective_of(options.fitness, model)
+    objective, *others = (task.objective_of(name, model) for name in names)
+    measured = fitness.several([objective, *others]) if others else objective
     evaluate = population.evaluator(
-        evolution.strategy, evolution.space, objective, dtype, chunk_of(options, evolution, tokens), _wrap(options)
+        evolution.strategy, evolution.space, measured, dtype, chunk_of(options, evolution, tokens), _wrap(options)
     )
     alone = compiled(
         lambda params, batch: objective(compute_copy(params, dtype), batch),
@@ -84,7 +108,7 @@ def _read(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, 
     return Task(lambda candidates, number: evaluate(candidates, batch(number)), held_out, tokens)
 
 
-def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task:
+def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus, names: tuple[str, ...]) -> Task:
     """The scores of generated answers."""
     import torch
 
@@ -93,7 +117,7 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
     from functional_lm.evolution.strategy import Candidates, unmoved
 
     model, device = evolution.model, torch.device(options.device)
-    score, dtype = answers.named(options.fitness), getattr(torch, options.dtype)
+    scores, dtype = {name: answers.named(name) for name in names}, getattr(torch, options.dtype)
     asked = task.questions(found, model, options.val_fraction, options.seed, options.chat, options.max_tokens)
     tokens = options.batch_size * (asked.length + options.max_tokens)
     how = answers.Answering(
@@ -104,8 +128,9 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
 
     def scored(found: Tensor, rows: list[Any]) -> Tensor:
         members = answers.texts(found, model.tokenizer, asked.stops, options.stop)
-        with answers.limited(options.timeout, f"the fitness {options.fitness} of a generation"):
-            return answers.scored(members, rows, score, options.fitness)
+        with answers.limited(options.timeout, f"the fitness {','.join(names)} of a generation"):
+            columns = [answers.scored(members, rows, score, name) for name, score in scores.items()]
+        return torch.stack(columns, 1) if len(columns) > 1 else columns[0]
 
     def measure(candidates: Candidates, number: int) -> Tensor:
         rows = task.drawn(asked, number, options.batch_size, options.seed)
@@ -120,7 +145,7 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
         if not rows:
             return float("nan")
         one = Candidates({}, {}, tree.map(lambda leaf: leaf[None], leaves))
-        return float(scored(alone(one, task.prompts(asked, rows, device), draws), rows)[0])
+        return float(scored(alone(one, task.prompts(asked, rows, device), draws), rows).view(-1)[0])
 
     return Task(measure, held_out, tokens)
 

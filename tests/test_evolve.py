@@ -86,6 +86,11 @@ KINDS = {
     ],
     "adapter by differential evolution": ["--strategy", "differential-evolution", "--de_base", "current-to-best"],
     "part by pso": ["--space", "full", "--leaves", "*mlp*", "--strategy", "pso"],
+    "adapter by nsga2": ["--strategy", "nsga2", "--fitness", "accuracy,loss"],
+    "part by map-elites": [
+        *("--space", "full", "--leaves", "*mlp*", "--strategy", "map-elites", "--descriptor", "accuracy,bits"),
+        *("--bins", "4x3", "--ranges", "0:1,-20:0"),
+    ],
     "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
 }
 
@@ -130,6 +135,42 @@ def test_answers_are_evolved_by_any_function(at: Path, capsys: pytest.CaptureFix
     assert "the adapter is in" in capsys.readouterr().out
 
 
+def test_the_front_of_several_objectives(at: Path) -> None:
+    """Read and answered figures in the order that was asked for; the compromise is kept, the front written down."""
+    more = ["--strategy", "nsga2", "--fitness", "scores:sat,loss,exact", "--max_tokens", "4", "--population", "6"]
+    assert evolved(at / "run", *more, data="rows.jsonl") == 0
+    summary = files.read_json(at / "run" / "summary.json")
+    front = summary["front"]
+    assert [set(row) for row in front] == [{"scores:sat", "loss", "exact"}] * len(front)
+    assert summary["kept_figures"] in front
+    assert summary["kept"] == "centre"
+    told = [row for one in journals.read(at / "run" / "journal.jsonl").generations for row in journals.fitness_of(one)]
+    assert all(0 <= row[0] <= 2 and row[1] < 0 <= row[2] <= 1 for row in told)
+    best = torch.tensor(told)
+    for row in front:
+        mine = torch.tensor([row[name] for name in ("scores:sat", "loss", "exact")])
+        assert (best == mine).all(1).any()
+        assert not ((best >= mine).all(1) & (best > mine).any(1)).any()
+    assert (at / "run" / "front.png").stat().st_size > 1000
+    lines = [json.loads(line) for line in (at / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["front"] >= len(front)
+
+
+def test_the_archive_of_kinds(at: Path) -> None:
+    more = ["--strategy", "map-elites", "--fitness", "loss", "--descriptor", "scores:later", "--max_tokens", "4"]
+    assert evolved(at / "run", *more, "--bins", "3", "--ranges", "-1:5", data="rows.jsonl") == 0
+    summary = files.read_json(at / "run" / "summary.json")
+    assert summary["cells"] == 3
+    told = [row for one in journals.read(at / "run" / "journal.jsonl").generations for row in journals.fitness_of(one)]
+    for elite in summary["archive"]:
+        low = 2 * elite["cell"][0] - 1
+        inside = [row for row in told if low <= row[1] < low + 2]
+        assert elite["loss"] == max(inside)[0]
+        assert [elite["loss"], elite["scores:later"]] in inside
+    assert summary["best_fitness"] == pytest.approx(max(row[0] for row in told))
+    assert (at / "run" / "archive.png").stat().st_size > 1000
+
+
 def test_it_ends_by_its_budget(at: Path) -> None:
     assert evolved(at / "evaluations", "--evaluations", "9") == 0
     assert files.read_json(at / "evaluations" / "summary.json")["generations"] == 2
@@ -172,6 +213,22 @@ REFUSED = {
     "few": (
         ["--strategy", "differential-evolution", "--population", "3"],
         "--population 3 is too small; a trial needs 3",
+    ),
+    "one objective": (["--strategy", "nsga2"], "nsga2 needs several --fitness, and 'loss' names 1"),
+    "two objectives": (["--fitness", "loss,bits"], "eggroll takes one --fitness, and 'loss,bits' names 2"),
+    "objective": (["--strategy", "nsga2", "--fitness", "loss,beauty"], "--fitness is 'beauty'; it is loss"),
+    "no descriptor": (["--strategy", "map-elites"], "--descriptor and --strategy map-elites go together"),
+    "bins": (
+        ["--strategy", "map-elites", "--descriptor", "bits", "--ranges", "0:1"],
+        "--bins has 2 parts for 1 --descriptor",
+    ),
+    "ranges": (
+        ["--strategy", "map-elites", "--descriptor", "bits", "--bins", "4", "--ranges", "low"],
+        "--ranges is 'low'; it is LOW:HIGH",
+    ),
+    "empty range": (
+        ["--strategy", "map-elites", "--descriptor", "bits", "--bins", "4", "--ranges", "1:0"],
+        "the range 1:0 is empty",
     ),
     "restarts": (["--restarts", "ipop"], "--restarts are for cma-es and sep-cma-es; eggroll does not"),
     "chunk": (["--chunk_size", "0"], "--chunk_size is '0'; it is auto or a whole number above 0"),

@@ -170,6 +170,8 @@ def test_any_optimizer_takes_the_estimate(name: str) -> None:
 
 
 def test_flags_name_what_there_is() -> None:
+    assert evolve_flags.BASES == differential.BASES
+    assert ("none", *restarts.KINDS) == evolve_flags.RESTARTS
     assert set(evolve_flags.SHAPINGS) == set(shaping.SHAPINGS)
 
 

@@ -64,11 +64,11 @@ def told(strategy: Strategy, state: Any, entry: Mapping[str, Any]) -> Any:
     key = common.generation_key(state)
     if key.tolist() != entry["key"] or int(state.generation) != entry["generation"]:
         raise DataError(f"generation {entry['generation']} of the journal was drawn from another key")
-    fitness = journals.fitness_of(entry)
-    if len(fitness) != strategy.population:
+    fitness = torch.tensor(journals.fitness_of(entry), device=key.device)
+    if fitness.shape != common.shape_of_fitness(strategy):
         raise DataError(f"generation {entry['generation']} of the journal has {len(fitness)} members")
     # A product of transposed tensors rounds otherwise than that of the ones that a checkpoint brings back.
-    return tree.map(lambda leaf: leaf.contiguous(), strategy.tell(state, torch.tensor(fitness, device=key.device)))
+    return tree.map(lambda leaf: leaf.contiguous(), strategy.tell(state, fitness))
 
 
 def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hooks, out: Path) -> Outcome:
