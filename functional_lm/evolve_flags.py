@@ -14,6 +14,7 @@ STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es
               "differential-evolution", "pso", "nsga2", "map-elites")  # fmt: skip
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
 KEEPING = ("genetic", "differential-evolution", "pso", "map-elites")  # members, of which the best is what is wanted
+REMEMBERING = ("differential-evolution", "pso", "nsga2", "map-elites")  # fitness, and compare later ones with it
 BASES = ("rand", "best", "current-to-best")
 RESTARTING = ("cma-es", "sep-cma-es")
 RESTARTS = ("none", "ipop", "bipop")
@@ -30,7 +31,7 @@ FIXED = (
     "strength", "batch_size", "block_size", "val_fraction", "max_tokens", "temperature", "stop", "chat", "dtype",
     "seed", "compile",
     "restarts", "de_base", "de_weight", "de_crossover", "inertia", "cognitive", "social",
-    "descriptor", "bins", "ranges", "line",
+    "descriptor", "bins", "ranges", "line", "batches",
 )  # fmt: skip
 
 
@@ -114,6 +115,10 @@ class EvolveFlags:
     target: float | None = option(None, "fitness of a member that ends it", group="Length")
     timeout: float = option(0.0, "seconds that scoring a generation may take; 0: no limit", low=0, group="Length")
     batch_size: int = option(8, "rows (or prompts) that all members of a generation see", low=1, group="Data")
+    batches: int | None = option(
+        None, "so many different ones, in turns; 0: one for each generation; if not given 0, but 1 for strategies that "
+        "keep what they measured", low=0, group="Data",
+    )  # fmt: skip
     block_size: int | None = option(None, "tokens in a row; the model's max_len if not given", low=1, group="Data")
     val_fraction: float = option(0.05, "share of the data kept for validation", low=0, below=1, group="Data")
     max_tokens: int = option(64, "longest answer", low=1, group="Data")
@@ -200,6 +205,11 @@ def grid(flags: EvolveFlags) -> tuple[tuple[int, ...], tuple[float, ...], tuple[
 def figures(flags: EvolveFlags) -> tuple[str, ...]:
     """What is measured of a member: its fitness, each objective of it, or it and a descriptor."""
     return (*flags.fitness.split(","), *flags.descriptor)
+
+
+def batches(flags: EvolveFlags) -> int:
+    """How many minibatches there are; 0: no end of them."""
+    return flags.batches if flags.batches is not None else int(flags.strategy in REMEMBERING)
 
 
 def answers(name: str) -> bool:

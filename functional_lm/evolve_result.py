@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, evolve_figures, files
+from functional_lm import console, evolve_figures, evolve_flags, files
 from functional_lm.evolve_flags import KEEPING, EvolveFlags
 from functional_lm.evolve_search import Evolution
 from functional_lm.evolve_task import Task
@@ -50,15 +50,15 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
         summary |= evolve_figures.report(options, state, out)
     files.write_json(out / "summary.json", summary)
     if generations:
-        record.plot(out, f"fitness ({options.fitness})")
+        record.plot(out, f"fitness ({evolve_flags.figures(options)[0]})")
     use = f"{evolution.use} {out} --prompt TEXT"
     files.write_text(out / "README.md", _card(options, summary, out, use))
     if held["start"] == held["start"]:
         console.say(
-            f"{options.fitness} of what was held out: {held['start']:.4f} at the start, {held['centre']:.4f} at the "
+            f"{evolve_flags.figures(options)[0]} of what was held out: {held['start']:.4f} at the start, {held['centre']:.4f} at the "
             f"centre, {held['best']:.4f} of the best member; the {kept} is kept"
         )
-        if held[kept] <= held["start"]:
+        if held[kept] <= held["start"] and options.strategy != "nsga2":
             console.say("that is no better than the start")
     console.say(
         f"{generations} generations, {generations * options.population} evaluations, "

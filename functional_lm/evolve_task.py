@@ -40,9 +40,9 @@ def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path
                         "and response")  # fmt: skip
     tasks = [_read(options, evolution, found, out, rows, read)] if read else []
     tasks += [_answered(options, evolution, found, answered)] if answered else []
-    if len(tasks) == 1:
-        return tasks[0]
-    return _together(tasks, [read, answered], names)
+    made = tasks[0] if len(tasks) == 1 else _together(tasks, [read, answered], names)
+    turns = evolve_flags.batches(options)
+    return made._replace(measure=lambda candidates, number: made.measure(candidates, number % turns)) if turns else made
 
 
 def _together(tasks: list[Task], groups: list[tuple[str, ...]], names: tuple[str, ...]) -> Task:

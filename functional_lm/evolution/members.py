@@ -1,7 +1,7 @@
 """What strategies share whose state is members, each with what was measured of it.
 
 Such a fitness is not measured again: where it is noisy (a minibatch of its own for each generation) a lucky member
-stays until a luckier one comes.
+stays until a luckier one comes. So the data should be the same in all generations.
 
 Axes: P members.
 """
