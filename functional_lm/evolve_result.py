@@ -55,8 +55,8 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
     files.write_text(out / "README.md", _card(options, summary, out, use))
     if held["start"] == held["start"]:
         console.say(
-            f"{evolve_flags.figures(options)[0]} of what was held out: {held['start']:.4f} at the start, {held['centre']:.4f} at the "
-            f"centre, {held['best']:.4f} of the best member; the {kept} is kept"
+            f"{evolve_flags.figures(options)[0]} of what was held out: {held['start']:.4f} at the start, "
+            f"{held['centre']:.4f} at the centre, {held['best']:.4f} of the best member; the {kept} is kept"
         )
         if held[kept] <= held["start"] and options.strategy != "nsga2":
             console.say("that is no better than the start")

@@ -171,6 +171,18 @@ def test_the_archive_of_kinds(at: Path) -> None:
     assert (at / "run" / "archive.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_minibatches_come_in_turns(batches: int, at: Path) -> None:
+    """An elite's fitness is what it was where the minibatch is."""
+    more = ["--strategy", "genetic", "--elites", "1", "--mutation_rate", "0", "--batches", str(batches)]
+    assert evolved(at / "run", *more, "--crossover_rate", "0", "--population", "2") == 0
+    told = [journals.fitness_of(one) for one in journals.read(at / "run" / "journal.jsonl").generations]
+    best = [max(one) for one in told]
+    assert (best[1] == best[0]) == (batches == 1)
+    assert (told[1][0] == told[2][0]) == (batches == 1)
+    assert evolve_flags.batches(evolve_flags.EvolveFlags(strategy="pso")) == 1
+
+
 def test_it_ends_by_its_budget(at: Path) -> None:
     assert evolved(at / "evaluations", "--evaluations", "9") == 0
     assert files.read_json(at / "evaluations" / "summary.json")["generations"] == 2
@@ -207,6 +219,10 @@ REFUSED = {
     ),
     "nan": (
         ["--fitness", "scores:nan", "--generations", "9", "--max_tokens", "4"],
+        "no member of 5 generations in a row had a finite",
+    ),
+    "nan beside": (
+        ["--strategy", "nsga2", "--fitness", "loss,scores:nan", "--generations", "9", "--max_tokens", "4"],
         "no member of 5 generations in a row had a finite",
     ),
     "elites": (["--strategy", "genetic", "--elites", "4"], "--elites 4 leave no room in a --population of 4"),
@@ -262,6 +278,20 @@ def test_another_run_is_not_gone_on_with(at: Path, capsys: pytest.CaptureFixture
     assert evolved(at / "run", "--resume", "never") == 2
     assert evolved(at / "run", "--sigma", "0.5", "--overwrite") == 0
     assert journals.read(at / "run" / "journal.jsonl").header["flags"]["sigma"] == 0.5
+
+
+def test_a_journal_older_than_a_flag_is_gone_on_with(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolved(at / "run") == 0
+    old = journals.read(at / "run" / "journal.jsonl")
+    header = {name: value for name, value in old.header.items() if name not in ("format", "kind")}
+    del header["flags"]["batches"]
+    made = journals.begin(old.path, header)
+    for entry in old.generations:
+        made = journals.append(made, entry)
+    assert evolved(at / "run", "--generations", "4", "--batches", "1") == 2
+    assert "--batches was None, is 1" in capsys.readouterr().err
+    assert evolved(at / "run", "--generations", "4") == 0
+    assert "from generation 3" in capsys.readouterr().out
 
 
 # The journal ----------------------------------------------------------------------------------------------------------

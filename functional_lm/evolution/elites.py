@@ -6,7 +6,7 @@ step towards or from another elite (Vassiliades and Mouret, arXiv 1804.03906, eq
 
 A row of fitness is the fitness and then the descriptor. A row with anything that is not finite is left out.
 
-Axes: P members, C cells, K numbers of a descriptor.
+Axes: P members, C cells, K numbers of a descriptor, J = 1 + K of a row.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def map_elites(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
     def ask(state: Archive) -> Candidates:
         return Candidates({}, {}, asked(state))
 
-    def tell(state: Archive, fitness: Float[Tensor, "P 1+K"]) -> Archive:
+    def tell(state: Archive, fitness: Float[Tensor, "P J"]) -> Archive:
         children, rows = asked(state), fitness.to(state.fitness)
         known = torch.where(torch.isfinite(rows).all(1), rows[:, 0], -math.inf)
         best, best_fitness = common.improved(state, known, lambda i: members.member(children, i))
