@@ -39,8 +39,8 @@ def chosen(which: Bool[Tensor, "P"], first: Tree, second: Tree) -> Tree:
 
 
 def member(members: Tree, index: Int[Tensor, ""]) -> Tree:
-    """One member, by an index that may be traced."""
-    return tree.map(lambda leaf: leaf[index], members)
+    """One member, by an index that may be traced (one without an axis would be read as a Python number)."""
+    return tree.map(lambda leaf: leaf[index[None]][0], members)
 
 
 def mean(members: Tree) -> Tree:
