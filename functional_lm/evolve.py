@@ -123,17 +123,22 @@ def _journal(options: EvolveFlags, out: Path) -> Journal | None:
     if options.resume == "never" or not path.exists():
         raise UsageError(f"{out} already holds a run; choose another --out, or --overwrite it")
     journal = journals.read(path)
-    before = journal.header["flags"]
-    now = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options).items()}
+    # A flag that is younger than the journal was what it is where it is not given.
+    before = _as_json(EvolveFlags()) | journal.header["flags"]
+    now = _as_json(options)
     for name in evolve_flags.FIXED:
-        if before.get(name) != now[name]:
+        if before[name] != now[name]:
             raise UsageError(
-                f"{out} holds another run (--{name} was {before.get(name)}, is {now[name]}); "
+                f"{out} holds another run (--{name} was {before[name]}, is {now[name]}); "
                 "choose another --out, or --overwrite it"
             )
     if journal.cut:
         console.say(f"the last line of {path} was cut off; its generation is measured again")
     return journal
+
+
+def _as_json(options: EvolveFlags) -> dict[str, Any]:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options).items()}
 
 
 def _check_base(journal: Journal, evolution: Evolution, path: str) -> None:

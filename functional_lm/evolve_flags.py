@@ -10,8 +10,14 @@ from functional_lm.prepare import SOURCES
 from functional_lm.training_flags import DEVICES, OPTIMIZERS
 
 # Names of what `evolution/` has; a test holds them equal.
-STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es", "pbt")
+STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es",
+              "differential-evolution", "pso", "nsga2", "map-elites", "pbt")  # fmt: skip
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
+KEEPING = ("genetic", "differential-evolution", "pso", "map-elites", "pbt")  # members, of which the best is wanted
+REMEMBERING = ("differential-evolution", "pso", "nsga2", "map-elites")  # fitness, and compare later ones with it
+BASES = ("rand", "best", "current-to-best")
+RESTARTING = ("cma-es", "sep-cma-es")
+RESTARTS = ("none", "ipop", "bipop")
 ANTITHETIC = ("openai-es", "eggroll")
 SPACES = ("full", "lora", "hyper")
 TUNING = ("pbt", "snes", "xnes", "cma-es", "sep-cma-es")  # strategies of space hyper
@@ -26,6 +32,8 @@ FIXED = (
     "shaping", "noise", "elites", "tournament", "pressure", "crossover", "crossover_rate", "mutation", "mutation_rate",
     "strength", "batch_size", "block_size", "val_fraction", "max_tokens", "temperature", "stop", "chat", "dtype",
     "seed", "compile", "tuned", "steps", "spread", "exploit", "perturb", "resample", "fresh",
+    "restarts", "de_base", "de_weight", "de_crossover", "inertia", "cognitive", "social",
+    "descriptor", "bins", "ranges", "line", "batches",
 )  # fmt: skip
 
 
@@ -43,7 +51,9 @@ class EvolveFlags:
     )
     out: str = option("runs/evolve", "run folder to write", aliases=("output_dir",))
     fitness: str = option(
-        "loss", "loss, bits (per byte) or accuracy, all of the next token; exact (match), or module:function of answers"
+        "loss",
+        "loss, bits (per byte) or accuracy, all of the next token; exact (match), or module:function of answers; "
+        "for nsga2 several of them, commas between",
     )
     space: str = option("lora", "what is evolved: the model's leaves, or an adapter", choices=SPACES, group="Space")
     leaves: tuple[str, ...] = option(("*",), "leaves to evolve, of space full: globs over paths", group="Space")
@@ -71,6 +81,10 @@ class EvolveFlags:
         "stored", "regenerated: drawn inside the forward, in no memory", choices=("stored", "regenerated"),
         group="Strategy",
     )  # fmt: skip
+    restarts: str = option(
+        "none", "of cma-es and sep-cma-es once they converge: with twice the population, or in turns with small ones",
+        choices=RESTARTS, group="Strategy",
+    )  # fmt: skip
     elites: int = option(2, "members that stay as they are", low=0, group="Genetic")
     tournament: int = option(3, "entrants of a tournament", low=1, group="Genetic")
     pressure: float = option(0.9, "probability that its best one wins", low=0, high=1, group="Genetic")
@@ -88,12 +102,32 @@ class EvolveFlags:
     perturb: float = option(1.2, "their numbers times or divided by this", low=1, group="Hyper")
     resample: float = option(0.25, "or drawn anew, with this probability", low=0, high=1, group="Hyper")
     fresh: bool = option(False, "begin at new weights of the model's architecture", group="Hyper")
+    de_base: str = option(
+        "rand", "what a scaled difference of two members is added to", choices=BASES, group="Differential evolution"
+    )
+    de_weight: float = option(0.5, "that scale, F", above=0, group="Differential evolution")
+    de_crossover: float = option(
+        0.9, "share of the numbers that a trial has of it, CR", low=0, high=1, group="Differential evolution"
+    )
+    inertia: float = option(0.7298, "share of the velocity that stays", low=0, below=1, group="Particle swarm")
+    cognitive: float = option(1.49618, "pull of a particle's own best place", low=0, group="Particle swarm")
+    social: float = option(1.49618, "pull of the swarm's best place", low=0, group="Particle swarm")
+    descriptor: tuple[str, ...] = option(
+        (), "figures that tell kinds apart, each as --fitness has them, commas between", group="MAP-Elites"
+    )
+    bins: str = option("10x10", "cells of the grid along each of them", group="MAP-Elites")
+    ranges: tuple[str, ...] = option((), "LOW:HIGH of each of them, commas between", group="MAP-Elites")
+    line: float = option(0.0, "step along the line to another elite, in its length", low=0, group="MAP-Elites")
     generations: int = option(100, "generations", low=1, group="Length")
     evaluations: int | None = option(None, "most evaluations of members", low=1, group="Length")
     minutes: float | None = option(None, "wall time, compiling included", above=0, group="Length")
     target: float | None = option(None, "fitness of a member that ends it", group="Length")
     timeout: float = option(0.0, "seconds that scoring a generation may take; 0: no limit", low=0, group="Length")
     batch_size: int = option(8, "rows (or prompts) that all members of a generation see", low=1, group="Data")
+    batches: int | None = option(
+        None, "so many different ones, in turns; 0: one for each generation; if not given 0, but 1 for strategies that "
+        "keep what they measured", low=0, group="Data",
+    )  # fmt: skip
     block_size: int | None = option(None, "tokens in a row; the model's max_len if not given", low=1, group="Data")
     val_fraction: float = option(0.05, "share of the data kept for validation", low=0, below=1, group="Data")
     max_tokens: int = option(64, "longest answer", low=1, group="Data")
@@ -133,6 +167,8 @@ def check(flags: EvolveFlags) -> None:
         raise UsageError(f"--population {flags.population} is {what}")
     if flags.strategy == "genetic" and flags.elites >= flags.population:
         raise UsageError(f"--elites {flags.elites} leave no room in a --population of {flags.population}")
+    if flags.strategy == "differential-evolution" and flags.population < 4:
+        raise UsageError(f"--population {flags.population} is too small; a trial needs 3 members besides its own")
     if flags.space != "lora" and flags.adapter is not None:
         raise UsageError(f"--adapter is evolved in --space lora, not in {flags.space}")
     if flags.space != "full" and flags.leaves != ("*",):
@@ -140,10 +176,13 @@ def check(flags: EvolveFlags) -> None:
     _check_hyper(flags)
     if flags.noise == "regenerated" and flags.strategy not in ESTIMATING:
         raise UsageError(f"--noise regenerated is for {' and '.join(ESTIMATING)}; {flags.strategy} stores its members")
+    if flags.restarts != "none" and flags.strategy not in RESTARTING:
+        raise UsageError(
+            f"--restarts are for {' and '.join(RESTARTING)}; {flags.strategy} does not converge as they do"
+        )
     if flags.chunk_size != "auto" and not (flags.chunk_size.isdecimal() and int(flags.chunk_size) > 0):
         raise UsageError(f"--chunk_size is {flags.chunk_size!r}; it is auto or a whole number above 0")
-    if flags.fitness not in (*MEASURED, "exact") and ":" not in flags.fitness:
-        raise UsageError(f"--fitness is {flags.fitness!r}; it is {', '.join(MEASURED)}, exact or module:function")
+    _check_figures(flags)
 
 
 def _check_hyper(flags: EvolveFlags) -> None:
@@ -165,6 +204,46 @@ def _check_hyper(flags: EvolveFlags) -> None:
             raise UsageError(f"--tuned {name} is searched by factors, and begins at 0; give --{name} another")
 
 
-def answers(flags: EvolveFlags) -> bool:
-    """Whether fitness is that of generated text."""
-    return flags.fitness not in MEASURED
+def _check_figures(flags: EvolveFlags) -> None:
+    objectives = flags.fitness.split(",")
+    for flag, names in (("fitness", objectives), ("descriptor", flags.descriptor)):
+        for name in names:
+            if name not in (*MEASURED, "exact") and ":" not in name:
+                raise UsageError(f"--{flag} is {name!r}; it is {', '.join(MEASURED)}, exact or module:function")
+    if (flags.strategy == "nsga2") != (len(objectives) > 1):
+        what = "needs several" if flags.strategy == "nsga2" else "takes one"
+        raise UsageError(f"{flags.strategy} {what} --fitness, and {flags.fitness!r} names {len(objectives)}")
+    if (flags.strategy == "map-elites") != bool(flags.descriptor):
+        raise UsageError("--descriptor and --strategy map-elites go together")
+    if flags.descriptor:
+        grid(flags)
+
+
+def grid(flags: EvolveFlags) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+    """Bins, lows and highs of --bins and --ranges. Raises UsageError."""
+    bins = flags.bins.split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in bins):
+        raise UsageError(f"--bins is {flags.bins!r}; it is whole numbers above 0 with x between, such as 10x10")
+    for name, parts in (("bins", bins), ("ranges", flags.ranges)):
+        if len(parts) != len(flags.descriptor):
+            raise UsageError(f"--{name} has {len(parts)} parts for {len(flags.descriptor)} --descriptor; one for each")
+    try:
+        lows, highs = zip(*((float(low), float(high)) for low, _, high in (one.partition(":") for one in flags.ranges)))
+    except ValueError:
+        raise UsageError(f"--ranges is {','.join(flags.ranges)!r}; it is LOW:HIGH, commas between") from None
+    return tuple(map(int, bins)), lows, highs
+
+
+def figures(flags: EvolveFlags) -> tuple[str, ...]:
+    """What is measured of a member: its fitness, each objective of it, or it and a descriptor."""
+    return (*flags.fitness.split(","), *flags.descriptor)
+
+
+def batches(flags: EvolveFlags) -> int:
+    """How many minibatches there are; 0: no end of them."""
+    return flags.batches if flags.batches is not None else int(flags.strategy in REMEMBERING)
+
+
+def answers(name: str) -> bool:
+    """Whether a figure is one of generated text."""
+    return name not in MEASURED

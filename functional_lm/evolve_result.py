@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, files
-from functional_lm.evolve_flags import EvolveFlags
+from functional_lm import console, evolve_figures, evolve_flags, files
+from functional_lm.evolve_flags import KEEPING, EvolveFlags
 from functional_lm.evolve_search import Evolution
 from functional_lm.evolve_task import Task
 
@@ -27,7 +27,7 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
     held = {name: task.held_out(leaves) for name, leaves in trees.items()}
     usual = usual_choice(options)
     other = "centre" if usual == "best" else "best"
-    kept = other if held[other] > held[usual] else usual
+    kept = other if held[other] > held[usual] and options.strategy != "nsga2" else usual
     evolution.model.tokenizer.save(out)
     evolution.write(out, task.whole(trees[kept]))
     generations, digest = int(state.generation), tree.digest(trees[kept])
@@ -47,17 +47,19 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
         "ended": outcome.ended,
         **evolution.facts(outcome.journal, kept, trees[kept]),
     }
+    if generations:
+        summary |= evolve_figures.report(options, state, out)
     files.write_json(out / "summary.json", summary)
     if generations:
-        record.plot(out, f"fitness ({options.fitness})")
+        record.plot(out, f"fitness ({evolve_flags.figures(options)[0]})")
     use = f"{evolution.use} {out} --prompt TEXT"
     files.write_text(out / "README.md", _card(options, summary, out, use))
     if held["start"] == held["start"]:
         console.say(
-            f"{options.fitness} of what was held out: {held['start']:.4f} at the start, {held['centre']:.4f} at the "
-            f"centre, {held['best']:.4f} of the best member; the {kept} is kept"
+            f"{evolve_flags.figures(options)[0]} of what was held out: {held['start']:.4f} at the start, "
+            f"{held['centre']:.4f} at the centre, {held['best']:.4f} of the best member; the {kept} is kept"
         )
-        if held[kept] <= held["start"]:
+        if held[kept] <= held["start"] and options.strategy != "nsga2":
             console.say("that is no better than the start")
     console.say(
         f"{generations} generations, {generations * options.population} evaluations, "
@@ -67,13 +69,17 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
 
 
 def usual_choice(options: EvolveFlags) -> str:
-    """What is kept where nothing tells which is better: a distribution's mean, but of single members the best."""
-    return "best" if options.strategy in ("genetic", "pbt") else "centre"
+    """What is kept where nothing tells which is better: a distribution's mean, but of single members the best.
+
+    So too after restarts, which begin far from where the last run ended. Of a front it is the compromise, the centre,
+    whatever one objective says of it.
+    """
+    return "best" if options.strategy in KEEPING or options.restarts != "none" else "centre"
 
 
 def _card(options: EvolveFlags, summary: Mapping[str, Any], out: Path, use: str) -> str:
     shown = {**summary, **{f"held out, {name}": value for name, value in summary["held_out"].items()}}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items() if not isinstance(value, dict))
+    rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items() if not isinstance(value, dict | list))
     return (
         f"# {out.name}\n\nEvolved with functional_lm from `{options.model}` by {options.strategy} on "
         f"`{options.data}`.\n\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm.evolve_flags import EvolveFlags
+from functional_lm.evolve_strategies import of_members
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,7 @@ def own_numbers(options: EvolveFlags, start: Tree) -> int:
 def strategy_of(options: EvolveFlags, start: Tree) -> Strategy:
     """What the flags name, for a tree. Whether its parts are compiled depends on these two alone, as replay asks."""
     from functional_lm.compile import compiled
-    from functional_lm.evolution import cma, eggroll, genetic, gradient, mezo, natural, openai
+    from functional_lm.evolution import cma, eggroll, genetic, gradient, mezo, natural, openai, restarts
     from functional_lm.training import optimizer
 
     drawn = own_numbers(options, start) * options.population
@@ -138,6 +139,11 @@ def strategy_of(options: EvolveFlags, start: Tree) -> Strategy:
         names = {field.name for field in dataclasses.fields(genetic.Settings)}
         settings = genetic.Settings(**{name: value for name, value in values.items() if name in names})
         return genetic.genetic(settings, wrap)
+    if (found := of_members(options, wrap)) is not None:
+        return found
+    if options.restarts != "none":
+        separable = options.strategy == "sep-cma-es"
+        return restarts.restarting(options.restarts, options.population, options.sigma, separable)
     if options.strategy in vectors:
         return vectors[options.strategy](options.population, options.sigma)
     if options.strategy == "mezo":

@@ -60,20 +60,48 @@ Divide = Callable[[int], "Share"]  # given the tokens of a member
 
 
 def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path, divide: Divide) -> Task:
+    """Of several figures, those of text that is read and those of answers are each measured together."""
     from functional_lm.evolution import task
 
-    rows = task.is_rows(found)
-    if evolve_flags.answers(options):
-        if not rows:
-            raise DataError(f"--fitness {options.fitness} scores answers; --data {options.data} has no rows of prompt "
-                            "and response")  # fmt: skip
-        return _answered(options, evolution, found, divide)
+    rows, names = task.is_rows(found), evolve_flags.figures(options)
+    answered = tuple(filter(evolve_flags.answers, names))
+    read = tuple(name for name in names if name not in answered)
+    if answered and not rows:
+        raise DataError(f"--fitness {answered[0]} scores answers; --data {options.data} has no rows of prompt "
+                        "and response")  # fmt: skip
+    first = [_answered(options, evolution, found, answered, divide)] if answered else []
+    if not read:
+        return _in_turns(options, first[0])
     source = _source(options, evolution.model, found, out, rows)
     if options.space == "hyper":
         from functional_lm import evolve_hyper
 
         return evolve_hyper.task_of(options, evolution, source)
-    return _read(options, evolution, source, divide)
+    alike = (lambda tokens: first[0].share) if first else divide
+    tasks = [*first, _read(options, evolution, source, read, alike)]
+    return _in_turns(options, tasks[0] if len(tasks) == 1 else _together(tasks, [answered, read], names))
+
+
+def _in_turns(options: EvolveFlags, made: Task) -> Task:
+    """On minibatches that come again, if they are not without end."""
+    turns = evolve_flags.batches(options)
+    return made._replace(measure=lambda candidates, number: made.measure(candidates, number % turns)) if turns else made
+
+
+def _together(tasks: list[Task], groups: list[tuple[str, ...]], names: tuple[str, ...]) -> Task:
+    """Tasks that measure groups of figures as one that measures them in the order of `names`."""
+    import torch
+
+    places = {name: place for place, name in enumerate(name for group in groups for name in group)}
+    order = [places[name] for name in names]
+
+    def measure(candidates: Candidates, number: int) -> Tensor:
+        found = [one.measure(candidates, number) for one in tasks]
+        columns = torch.cat([one.view(one.shape[0], -1).cpu() for one in found], 1)
+        return columns[:, order]
+
+    first = tasks[0] if names[0] in groups[0] else tasks[1]
+    return first._replace(measure=measure, tokens=sum(one.tokens for one in tasks))
 
 
 def _source(options: EvolveFlags, model: Model, found: Corpus, out: Path, rows: bool) -> Source:
@@ -102,16 +130,17 @@ def _source(options: EvolveFlags, model: Model, found: Corpus, out: Path, rows: 
     return Source(batch, held, size * width, asked.digest)
 
 
-def _read(options: EvolveFlags, evolution: Evolution, source: Source, divide: Divide) -> Task:
+def _read(options: EvolveFlags, evolution: Evolution, source: Source, names: tuple[str, ...], divide: Divide) -> Task:
     """Loss, bits or accuracy of text, or of the responses in rows."""
     import torch
 
-    from functional_lm.evolution import population, task
+    from functional_lm.evolution import fitness, population, task
 
-    objective, part = task.objective_of(options.fitness, evolution.model), divide(source.tokens)
-    dtype = getattr(torch, options.dtype)
+    objective, *others = (task.objective_of(name, evolution.model) for name in names)
+    measured = fitness.several([objective, *others]) if others else objective
+    part, dtype = divide(source.tokens), getattr(torch, options.dtype)
     evaluate = population.evaluator(
-        evolution.strategy, evolution.space, objective, dtype, part.size, _wrap(options), part
+        evolution.strategy, evolution.space, measured, dtype, part.size, _wrap(options), part
     )
     return Task(
         lambda candidates, number: evaluate(candidates, source.batch(number)),
@@ -130,7 +159,8 @@ def alone_on(options: EvolveFlags, evolution: Evolution, held: Sequence[Any]) ->
     from functional_lm.evolution import task
     from functional_lm.model.compute import compute_copy
 
-    objective, dtype = task.objective_of(options.fitness, evolution.model), getattr(torch, options.dtype)
+    objective = task.objective_of(next(filter(_is_read, evolve_flags.figures(options))), evolution.model)
+    dtype = getattr(torch, options.dtype)
     alone = compiled(
         lambda params, batch: objective(compute_copy(params, dtype), batch),
         enabled=options.compile and options.eval_every > 0,
@@ -144,7 +174,9 @@ def alone_on(options: EvolveFlags, evolution: Evolution, held: Sequence[Any]) ->
     return held_out
 
 
-def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus, divide: Divide) -> Task:
+def _answered(
+    options: EvolveFlags, evolution: Evolution, found: Corpus, names: tuple[str, ...], divide: Divide
+) -> Task:
     """The scores of generated answers."""
     import torch
 
@@ -153,7 +185,7 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus, divide:
     from functional_lm.evolution.strategy import Candidates, unmoved
 
     model, device = evolution.model, torch.device(options.device)
-    score, dtype = answers.named(options.fitness), getattr(torch, options.dtype)
+    scores, dtype = {name: answers.named(name) for name in names}, getattr(torch, options.dtype)
     asked = task.questions(found, model, options.val_fraction, options.seed, options.chat, options.max_tokens)
     tokens = options.batch_size * (asked.length + options.max_tokens)
     part = divide(tokens)
@@ -163,8 +195,9 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus, divide:
 
     def scored(found: Tensor, rows: list[Any]) -> Tensor:
         members = answers.texts(found, model.tokenizer, asked.stops, options.stop)
-        with answers.limited(options.timeout, f"the fitness {options.fitness} of a generation"):
-            return answers.scored(members, rows, score, options.fitness)
+        with answers.limited(options.timeout, f"the fitness {','.join(names)} of a generation"):
+            columns = [answers.scored(members, rows, score, name) for name, score in scores.items()]
+        return torch.stack(columns, 1) if len(columns) > 1 else columns[0]
 
     def measure(candidates: Candidates, number: int) -> Tensor:
         rows = task.drawn(asked, number, options.batch_size, options.seed)
@@ -179,9 +212,13 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus, divide:
         if not rows:
             return float("nan")
         one = Candidates({}, {}, tree.map(lambda leaf: leaf[None], leaves))
-        return float(scored(alone(one, task.prompts(asked, rows, device), draws), rows)[0])
+        return float(scored(alone(one, task.prompts(asked, rows, device), draws), rows).view(-1)[0])
 
     return Task(measure, held_out, tokens, part, asked.digest)
+
+
+def _is_read(name: str) -> bool:
+    return not evolve_flags.answers(name)
 
 
 def _wrap(options: EvolveFlags) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -82,6 +82,23 @@ KINDS = {
         *["--space", "hyper", "--strategy", "cma-es", "--sigma", "0.5", "--steps", "2", "--val_fraction", "0.3"],
         *["--tuned", "learning_rate,beta1"],
     ],
+    "norms by cma-es, restarts": [
+        "--space",
+        "full",
+        "--leaves",
+        "*norm*",
+        "--strategy",
+        "cma-es",
+        "--restarts",
+        "ipop",
+    ],
+    "adapter by differential evolution": ["--strategy", "differential-evolution", "--de_base", "current-to-best"],
+    "part by pso": ["--space", "full", "--leaves", "*mlp*", "--strategy", "pso"],
+    "adapter by nsga2": ["--strategy", "nsga2", "--fitness", "accuracy,loss"],
+    "part by map-elites": [
+        *("--space", "full", "--leaves", "*mlp*", "--strategy", "map-elites", "--descriptor", "accuracy,bits"),
+        *("--bins", "4x3", "--ranges", "0:1,-20:0"),
+    ],
     "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
 }
 
@@ -126,6 +143,54 @@ def test_answers_are_evolved_by_any_function(at: Path, capsys: pytest.CaptureFix
     assert "the adapter is in" in capsys.readouterr().out
 
 
+def test_the_front_of_several_objectives(at: Path) -> None:
+    """Read and answered figures in the order that was asked for; the compromise is kept, the front written down."""
+    more = ["--strategy", "nsga2", "--fitness", "scores:sat,loss,exact", "--max_tokens", "4", "--population", "6"]
+    assert evolved(at / "run", *more, data="rows.jsonl") == 0
+    summary = files.read_json(at / "run" / "summary.json")
+    front = summary["front"]
+    assert [set(row) for row in front] == [{"scores:sat", "loss", "exact"}] * len(front)
+    assert summary["kept_figures"] in front
+    assert summary["kept"] == "centre"
+    told = [row for one in journals.read(at / "run" / "journal.jsonl").generations for row in journals.fitness_of(one)]
+    assert all(0 <= row[0] <= 2 and row[1] < 0 <= row[2] <= 1 for row in told)
+    best = torch.tensor(told)
+    for row in front:
+        mine = torch.tensor([row[name] for name in ("scores:sat", "loss", "exact")])
+        assert (best == mine).all(1).any()
+        assert not ((best >= mine).all(1) & (best > mine).any(1)).any()
+    assert (at / "run" / "front.png").stat().st_size > 1000
+    lines = [json.loads(line) for line in (at / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["front"] >= len(front)
+
+
+def test_the_archive_of_kinds(at: Path) -> None:
+    more = ["--strategy", "map-elites", "--fitness", "loss", "--descriptor", "scores:later", "--max_tokens", "4"]
+    assert evolved(at / "run", *more, "--bins", "3", "--ranges", "-1:5", data="rows.jsonl") == 0
+    summary = files.read_json(at / "run" / "summary.json")
+    assert summary["cells"] == 3
+    told = [row for one in journals.read(at / "run" / "journal.jsonl").generations for row in journals.fitness_of(one)]
+    for elite in summary["archive"]:
+        low = 2 * elite["cell"][0] - 1
+        inside = [row for row in told if low <= row[1] < low + 2]
+        assert elite["loss"] == max(inside)[0]
+        assert [elite["loss"], elite["scores:later"]] in inside
+    assert summary["best_fitness"] == pytest.approx(max(row[0] for row in told))
+    assert (at / "run" / "archive.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_minibatches_come_in_turns(batches: int, at: Path) -> None:
+    """An elite's fitness is what it was where the minibatch is."""
+    more = ["--strategy", "genetic", "--elites", "1", "--mutation_rate", "0", "--batches", str(batches)]
+    assert evolved(at / "run", *more, "--crossover_rate", "0", "--population", "2") == 0
+    told = [journals.fitness_of(one) for one in journals.read(at / "run" / "journal.jsonl").generations]
+    best = [max(one) for one in told]
+    assert (best[1] == best[0]) == (batches == 1)
+    assert (told[1][0] == told[2][0]) == (batches == 1)
+    assert evolve_flags.batches(evolve_flags.EvolveFlags(strategy="pso")) == 1
+
+
 def test_it_ends_by_its_budget(at: Path) -> None:
     assert evolved(at / "evaluations", "--evaluations", "9") == 0
     assert files.read_json(at / "evaluations" / "summary.json")["generations"] == 2
@@ -164,7 +229,32 @@ REFUSED = {
         ["--fitness", "scores:nan", "--generations", "9", "--max_tokens", "4"],
         "no member of 5 generations in a row had a finite",
     ),
+    "nan beside": (
+        ["--strategy", "nsga2", "--fitness", "loss,scores:nan", "--generations", "9", "--max_tokens", "4"],
+        "no member of 5 generations in a row had a finite",
+    ),
     "elites": (["--strategy", "genetic", "--elites", "4"], "--elites 4 leave no room in a --population of 4"),
+    "few": (
+        ["--strategy", "differential-evolution", "--population", "3"],
+        "--population 3 is too small; a trial needs 3",
+    ),
+    "one objective": (["--strategy", "nsga2"], "nsga2 needs several --fitness, and 'loss' names 1"),
+    "two objectives": (["--fitness", "loss,bits"], "eggroll takes one --fitness, and 'loss,bits' names 2"),
+    "objective": (["--strategy", "nsga2", "--fitness", "loss,beauty"], "--fitness is 'beauty'; it is loss"),
+    "no descriptor": (["--strategy", "map-elites"], "--descriptor and --strategy map-elites go together"),
+    "bins": (
+        ["--strategy", "map-elites", "--descriptor", "bits", "--ranges", "0:1"],
+        "--bins has 2 parts for 1 --descriptor",
+    ),
+    "ranges": (
+        ["--strategy", "map-elites", "--descriptor", "bits", "--bins", "4", "--ranges", "low"],
+        "--ranges is 'low'; it is LOW:HIGH",
+    ),
+    "empty range": (
+        ["--strategy", "map-elites", "--descriptor", "bits", "--bins", "4", "--ranges", "1:0"],
+        "the range 1:0 is empty",
+    ),
+    "restarts": (["--restarts", "ipop"], "--restarts are for cma-es and sep-cma-es; eggroll does not"),
     "chunk": (["--chunk_size", "0"], "--chunk_size is '0'; it is auto or a whole number above 0"),
     "noise": (["--strategy", "genetic", "--noise", "regenerated"], "--noise regenerated is for openai-es and eggroll"),
     "long": (["--fitness", "exact", "--max_tokens", "30"], "exceed the model's max_len 32"),
@@ -206,6 +296,20 @@ def test_another_run_is_not_gone_on_with(at: Path, capsys: pytest.CaptureFixture
     assert evolved(at / "run", "--resume", "never") == 2
     assert evolved(at / "run", "--sigma", "0.5", "--overwrite") == 0
     assert journals.read(at / "run" / "journal.jsonl").header["flags"]["sigma"] == 0.5
+
+
+def test_a_journal_older_than_a_flag_is_gone_on_with(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolved(at / "run") == 0
+    old = journals.read(at / "run" / "journal.jsonl")
+    header = {name: value for name, value in old.header.items() if name not in ("format", "kind")}
+    del header["flags"]["batches"]
+    made = journals.begin(old.path, header)
+    for entry in old.generations:
+        made = journals.append(made, entry)
+    assert evolved(at / "run", "--generations", "4", "--batches", "1") == 2
+    assert "--batches was None, is 1" in capsys.readouterr().err
+    assert evolved(at / "run", "--generations", "4") == 0
+    assert "from generation 3" in capsys.readouterr().out
 
 
 # The folder -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from functional_lm import evolve_flags, keys, tree
 from functional_lm.errors import UsageError
-from functional_lm.evolution import eggroll, genetic, gradient, mezo, openai, shaping
+from functional_lm.evolution import differential, eggroll, genetic, gradient, mezo, openai, restarts, shaping, swarm
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.strategy import Strategy
 from functional_lm.training.optimizer import OPTIMIZERS, optimizer
@@ -36,10 +36,20 @@ def made(name: str, population: int = 16, noise: str = "stored") -> Strategy:
     how = gradient.Settings(population, noise=noise)
     if name == "genetic":
         return genetic.genetic(genetic.Settings(population, strength=0.5))
+    if name in OTHERS:
+        return OTHERS[name](population)
     return openai.openai_es(how, numbers=AT) if name == "openai-es" else eggroll.eggroll(how, 1, numbers=AT)
 
 
-NAMES = ("genetic", "openai-es", "eggroll")
+OTHERS: dict[str, Callable[[int], Strategy]] = {
+    "cma-es, ipop": lambda population: restarts.restarting("ipop", population, 0.2),
+    "sep-cma-es, bipop": lambda population: restarts.restarting("bipop", population, 0.2, separable=True),
+    "differential-evolution": lambda population: differential.differential(
+        differential.Settings(population, 0.5, "best", 0.6)
+    ),
+    "pso": lambda population: swarm.particle_swarm(swarm.Settings(population, 0.3)),
+}
+NAMES = ("genetic", "openai-es", "eggroll", *OTHERS)
 EVERY = pytest.mark.parametrize("name", NAMES)
 
 
@@ -80,9 +90,9 @@ def test_a_generation_is_a_function_of_state_and_fitness(name: str) -> None:
 @EVERY
 def test_a_state_survives_the_disk(name: str, tmp_path: object) -> None:
     strategy = made(name)
-    state = evolved(strategy, 2)
+    state = tree.copy(evolved(strategy, 2))  # as the loop has it: products round by how their operands lie
     tree.save(state, f"{tmp_path}/state.safetensors")
-    back = tree.restore(state, tree.flatten(tree.load(f"{tmp_path}/state.safetensors")))
+    back = tree.copy(tree.restore(state, tree.flatten(tree.load(f"{tmp_path}/state.safetensors"))))
     fitness = torch.arange(16.0)
     assert tree.digest(strategy.tell(back, fitness)) == tree.digest(strategy.tell(state, fitness))
 
@@ -160,6 +170,8 @@ def test_any_optimizer_takes_the_estimate(name: str) -> None:
 
 
 def test_flags_name_what_there_is() -> None:
+    assert evolve_flags.BASES == differential.BASES
+    assert ("none", *restarts.KINDS) == evolve_flags.RESTARTS
     assert set(evolve_flags.SHAPINGS) == set(shaping.SHAPINGS)
 
 

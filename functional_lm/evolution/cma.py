@@ -78,28 +78,33 @@ def sep_cma_es(population: int, sigma: float, dtype: torch.dtype = torch.float32
 
 def _strategy(name: str, population: int, sigma: float, dtype: torch.dtype, separable: bool) -> Strategy:
     def search(size: int, dtype: torch.dtype) -> Search:
-        known = constants(size, population, dtype, separable)
-
-        def init(mean: Tensor) -> Distribution:
-            ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
-            square = torch.eye(size, dtype=dtype, device=mean.device) if not separable else ones
-            number = torch.zeros((), dtype=dtype, device=mean.device)
-            basis = ones.new_zeros(0) if separable else square
-            return Distribution(mean, number + sigma, square, ones, basis, zeros, zeros, number)
-
-        def turned(at: Distribution, y: Tensor) -> Tensor:
-            """C^½ times standard normal rows."""
-            return y * at.roots if separable else (y * at.roots) @ at.basis.mT
-
-        def points(at: Distribution, z: Tensor) -> Tensor:
-            return at.mean + at.sigma * turned(at, z)
-
-        def update(at: Distribution, z: Tensor, x: Tensor, ranked: Int[Tensor, "P"]) -> Distribution:
-            return _updated(at, z[ranked], turned(at, z[ranked]), known, separable)
-
-        return Search(init, points, update, lambda at: at.mean)
+        return search_of(size, population, sigma, dtype, separable)
 
     return vector.over_vectors(name, population, search, dtype, None if separable else vector.FULL_LIMIT)
+
+
+def search_of(size: int, population: int, sigma: float, dtype: torch.dtype, separable: bool) -> Search:
+    """The functions of either form for vectors of `size` numbers."""
+    known = constants(size, population, dtype, separable)
+
+    def init(mean: Tensor) -> Distribution:
+        ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
+        square = torch.eye(size, dtype=dtype, device=mean.device) if not separable else ones
+        number = torch.zeros((), dtype=dtype, device=mean.device)
+        basis = ones.new_zeros(0) if separable else square
+        return Distribution(mean, number + sigma, square, ones, basis, zeros, zeros, number)
+
+    def turned(at: Distribution, y: Tensor) -> Tensor:
+        """C^½ times standard normal rows."""
+        return y * at.roots if separable else (y * at.roots) @ at.basis.mT
+
+    def points(at: Distribution, z: Tensor) -> Tensor:
+        return at.mean + at.sigma * turned(at, z)
+
+    def update(at: Distribution, z: Tensor, x: Tensor, ranked: Int[Tensor, "P"]) -> Distribution:
+        return _updated(at, z[ranked], turned(at, z[ranked]), known, separable)
+
+    return Search(init, points, update, lambda at: at.mean)
 
 
 def _updated(at: Distribution, z: Tensor, y: Tensor, known: Constants, separable: bool) -> Distribution:

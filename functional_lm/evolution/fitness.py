@@ -3,15 +3,16 @@
 All members see one batch. `model` is a compute copy, `batch` holds `tokens` and `targets` [B, T] as everywhere, IGNORED
 where nothing counts.
 
-Axes: B batch, T time, V vocabulary.
+Axes: B batch, T time, V vocabulary, O objectives.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,3 +73,12 @@ def objective(name: str, config: ModelConfig) -> Objective:
     if name not in OBJECTIVES:
         raise UsageError(f"there is no fitness {name!r}; there are {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name](config)
+
+
+def several(objectives: Sequence[Objective]) -> Objective:
+    """`(model, batch) -> figures` [O] of several objectives."""
+
+    def objective(model: Tree, batch: Batch) -> Float[Tensor, "O"]:
+        return torch.stack([one(model, batch).float() for one in objectives])
+
+    return objective

@@ -59,22 +59,18 @@ def genetic(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
 
     Raises UsageError for settings that contradict each other.
     """
-    _check(settings)
+    check(settings)
     count = settings.population
-
-    def beginning(key: Tensor, start: Tree) -> Tree:
-        own = common.member_keys(keys.fold_in_name(key, "start"), count)
-        stacked = tree.map(lambda leaf: leaf.expand(count, *leaf.shape), start)
-        spread = spreads(start, settings.floor)
-        mutated = torch.vmap(lambda k, m: mutate(k, m, spread, settings, always=True))(own, stacked)
-        return tree.map(lambda new, old: torch.cat([old[None], new[1:]]), mutated, start)  # the start itself is one
 
     def following(key: Tensor, members: Tree, order: Tensor) -> Tree:
         children = torch.vmap(lambda k: child(k, members, order, settings))(common.member_keys(key, count))
         kept = order[: settings.elites]
         return tree.map(lambda new, old: torch.cat([old[kept], new[settings.elites :]]), children, members)
 
-    first, following = wrap(beginning), wrap(following)
+    def first(key: Tensor, start: Tree) -> Tree:
+        return beginning(key, start, settings)
+
+    first, following = wrap(first), wrap(following)
 
     def init(key: Tensor, start: Tree) -> Population:
         common.check_tree(start)
@@ -93,6 +89,15 @@ def genetic(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
         return Population(state.key, state.generation + 1, centre, best, best_fitness, members)
 
     return Strategy("genetic", count, init, ask, tell, common.as_it_stands, common.plain)
+
+
+def beginning(key: Tensor, start: Tree, settings: Settings) -> Tree:
+    """The first members [P, ...]: the start itself, and mutants of it in which nothing is left out."""
+    own = common.member_keys(keys.fold_in_name(key, "start"), settings.population)
+    stacked = tree.map(lambda leaf: leaf.expand(settings.population, *leaf.shape), start)
+    spread = spreads(start, settings.floor)
+    mutated = torch.vmap(lambda k, m: mutate(k, m, spread, settings, always=True))(own, stacked)
+    return tree.map(lambda new, old: torch.cat([old[None], new[1:]]), mutated, start)
 
 
 def child(key: Tensor, members: Tree, order: Int[Tensor, "P"], settings: Settings) -> Tree:
@@ -155,7 +160,8 @@ def mutate(key: Tensor, member: Tree, spread: Tree, settings: Settings, always: 
     return tree.map_named(changed, member, spread)
 
 
-def _check(settings: Settings) -> None:
+def check(settings: Settings) -> None:
+    """Raise UsageError for operators that contradict each other."""
     common.check_population(settings.population)
     if not 0 <= settings.elites < settings.population:
         raise UsageError(f"{settings.elites} elites leave no room in a population of {settings.population}")

@@ -75,15 +75,23 @@ def remembered(journal: Journal, entry: Mapping[str, Any]) -> Journal:
     return journal._replace(generations=[*journal.generations, dict(entry)])
 
 
-def entry(generation: int, key: Sequence[int], fitness: Sequence[float], seconds: float) -> dict[str, Any]:
-    """The line of a generation; what is not finite is null."""
-    shown = [value if math.isfinite(value) else None for value in fitness]
+def entry(generation: int, key: Sequence[int], fitness: Sequence[Any], seconds: float) -> dict[str, Any]:
+    """The line of a generation; what is not finite is null. Members with several figures have a list of them each."""
+
+    def known(value: Any) -> Any:
+        return [known(one) for one in value] if isinstance(value, list) else value if math.isfinite(value) else None
+
+    shown = [known(value) for value in fitness]
     return {"generation": generation, "key": list(key), "fitness": shown, "seconds": round(seconds, 3)}
 
 
-def fitness_of(entry: Mapping[str, Any]) -> list[float]:
+def fitness_of(entry: Mapping[str, Any]) -> list[Any]:
     """The fitness in a line, NaN where it was not finite."""
-    return [math.nan if value is None else float(value) for value in entry["fitness"]]
+
+    def known(value: Any) -> Any:
+        return [known(one) for one in value] if isinstance(value, list) else math.nan if value is None else float(value)
+
+    return [known(value) for value in entry["fitness"]]
 
 
 def read(path: str | Path) -> Journal:

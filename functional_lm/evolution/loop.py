@@ -72,11 +72,11 @@ def told(strategy: Strategy, state: Any, entry: Mapping[str, Any]) -> Any:
     key = common.generation_key(state)
     if key.tolist() != entry["key"] or int(state.generation) != entry["generation"]:
         raise DataError(f"generation {entry['generation']} of the journal was drawn from another key")
-    fitness = journals.fitness_of(entry)
-    if len(fitness) != strategy.population:
+    fitness = torch.tensor(journals.fitness_of(entry), device=key.device)
+    if fitness.shape != common.shape_of_fitness(strategy):
         raise DataError(f"generation {entry['generation']} of the journal has {len(fitness)} members")
     # A product of transposed tensors rounds otherwise than that of the ones that a checkpoint brings back.
-    return tree.map(lambda leaf: leaf.contiguous(), strategy.tell(state, torch.tensor(fitness, device=key.device)))
+    return tree.map(lambda leaf: leaf.contiguous(), strategy.tell(state, fitness))
 
 
 def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hooks, out: Path | None) -> Outcome:
@@ -103,14 +103,14 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
             began = time.perf_counter()
             measured = hooks.advance(outcome.state, number)
             fitness = hooks.measure(strategy.ask(measured), number).float().cpu()
-            if fitness.shape != (strategy.population,):
-                raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not ({strategy.population},)")
+            if fitness.shape != (shape := common.shape_of_fitness(strategy)):
+                raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not {shape}")
             fitness = torch.where(torch.isfinite(fitness), fitness, math.nan)
             seconds = before + time.perf_counter() - started
             entry = journals.entry(number, common.generation_key(outcome.state).tolist(), fitness.tolist(), seconds)
             outcome.journal = (journals.append if out else journals.remembered)(outcome.journal, entry)
             outcome.state = told(strategy, measured, entry)
-            lost = 0 if torch.isfinite(fitness).any() else lost + 1
+            lost = 0 if torch.isfinite(first_figure(fitness)).any() else lost + 1
             values = _values(strategy, outcome.state, fitness, time.perf_counter() - began)
             if plan.eval_every and (number + 1) % plan.eval_every == 0:
                 values |= hooks.validate(outcome.state)
@@ -141,7 +141,8 @@ def _ending(plan: Plan, strategy: Strategy, outcome: Outcome, number: int) -> st
 
 
 def _values(strategy: Strategy, state: Any, fitness: Tensor, seconds: float) -> dict[str, float]:
-    """A line of metrics; best, mean and spread are this generation's, over its finite members."""
+    """A line of metrics; best, mean and spread are this generation's, over its finite members, of the first figure."""
+    fitness = first_figure(fitness)
     known = fitness[torch.isfinite(fitness)].double()
     number = int(state.generation)
     return {
@@ -153,7 +154,15 @@ def _values(strategy: Strategy, state: Any, fitness: Tensor, seconds: float) -> 
         "fitness_best_so_far": float(state.best_fitness),
         "not_finite": len(fitness) - len(known),
         "evaluations_per_second": strategy.population / seconds,
+        **strategy.told(state),
     }
+
+
+def first_figure(fitness: Tensor) -> Tensor:
+    """The fitness [P] of members of several figures: the first one, where all of them are finite."""
+    if fitness.dim() == 1:
+        return fitness
+    return torch.where(torch.isfinite(fitness).all(1), fitness[:, 0], math.nan)
 
 
 def _shown(values: Mapping[str, float]) -> str:

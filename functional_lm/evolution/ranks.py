@@ -50,14 +50,14 @@ class Group:
         return self.rank == 0
 
     def together(self, values: Tensor) -> Tensor:
-        """The values [p] of all ranks end to end [P], in the order of ranks. Raises Lost."""
+        """The values [p, ...] of all ranks end to end [P, ...], in the order of ranks. Raises Lost."""
         if self.store is None:
             return values
         import torch
         from torch import distributed
 
         sizes = [size for (size,) in self.exchanged([len(values)])]
-        padded = values.new_zeros(max(sizes))
+        padded = values.new_zeros(max(sizes), *values.shape[1:])
         padded[: len(values)] = values
         found = [torch.empty_like(padded) for _ in sizes]
         with self._listening():

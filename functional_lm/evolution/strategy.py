@@ -53,8 +53,15 @@ class State(Protocol):
     def best_fitness(self) -> Tensor: ...
 
 
+def nothing(state: Any) -> dict[str, float]:
+    return {}
+
+
 class Strategy(NamedTuple):
-    """The functions of one strategy. `dense` makes plain leaves of what `ask` gave for one member."""
+    """The functions of one strategy. `dense` makes plain leaves of what `ask` gave for one member.
+
+    With more than one figure, fitness is [P, figures]. `told` are numbers about a state for its records.
+    """
 
     name: str
     population: int
@@ -63,6 +70,8 @@ class Strategy(NamedTuple):
     tell: Callable[[Any, Tensor], Any]
     member: Callable[[Tree, Tree], Tree]
     dense: Callable[[Candidates, int], Tree]
+    figures: int = 1
+    told: Callable[[Any], dict[str, float]] = nothing
 
 
 def as_it_stands(shared: Tree, own: Tree) -> Tree:
@@ -84,10 +93,20 @@ def unmoved(population: int = 1) -> Strategy:
     return Strategy("unmoved", population, never, never, never, as_it_stands, plain)
 
 
-def evaluate(strategy: Strategy, candidates: Candidates, function: Callable[[Tree], Any]) -> Float[Tensor, "P"]:
-    """The fitness of each member by any Python function of its plain tree, one after the other, float64."""
-    values = [float(function(strategy.dense(candidates, i))) for i in range(strategy.population)]
-    return torch.tensor(values, dtype=torch.float64)
+def shape_of_fitness(strategy: Strategy) -> tuple[int, ...]:
+    """[P], or [P, O] where a member has several figures."""
+    return (strategy.population,) if strategy.figures == 1 else (strategy.population, strategy.figures)
+
+
+def evaluate(strategy: Strategy, candidates: Candidates, function: Callable[[Tree], Any]) -> Float[Tensor, "P *O"]:
+    """The fitness of each member by any Python function of its plain tree, one after the other, float64.
+
+    A function of several figures returns a sequence of them.
+    """
+    values = [function(strategy.dense(candidates, i)) for i in range(strategy.population)]
+    if strategy.figures > 1:
+        return torch.tensor([[float(figure) for figure in row] for row in values], dtype=torch.float64)
+    return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
 
 def improved(state: State, fitness: Float[Tensor, "P"], candidate: Callable[[Tensor], Tree]) -> tuple[Tree, Tensor]:

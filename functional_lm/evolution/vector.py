@@ -76,20 +76,13 @@ def over_vectors(
 
     def init(key: Tensor, start: Tree) -> State:
         common.check_tree(start)
-        size = tree.size(start)
-        if limit is not None and size > limit:
-            raise UsageError(
-                f"{name} keeps a full covariance, and {size} numbers are more than {limit}; "
-                "evolve fewer, or use snes or sep-cma-es"
-            )
+        check_size(name, tree.size(start), limit)
         zero = torch.zeros((), dtype=torch.int64, device=key.device)
         distribution = made(start).init(ravel(start, dtype))
         return State(key, zero, start, start, common.worst(key).to(dtype), distribution)
 
     def draws(state: State) -> Float[Tensor, "P D"]:
-        own = common.member_keys(common.generation_key(state), population)
-        size = tree.size(state.centre)
-        return torch.vmap(lambda key: keys.normal(key, (size,), dtype))(own)
+        return drawn(common.generation_key(state), population, tree.size(state.centre), dtype)
 
     def ask(state: State) -> Candidates:
         points = made(state.centre).points(state.distribution, draws(state))
@@ -109,6 +102,20 @@ def over_vectors(
         return State(state.key, state.generation + 1, centre, best, best_fitness, distribution)
 
     return Strategy(name, population, init, ask, tell, common.as_it_stands, common.plain)
+
+
+def check_size(name: str, size: int, limit: int | None) -> None:
+    """Raise UsageError for more numbers than a full covariance is kept of."""
+    if limit is not None and size > limit:
+        raise UsageError(
+            f"{name} keeps a full covariance, and {size} numbers are more than {limit}; "
+            "evolve fewer, or use snes or sep-cma-es"
+        )
+
+
+def drawn(key: Tensor, population: int, size: int, dtype: torch.dtype) -> Float[Tensor, "P D"]:
+    """Standard normal numbers for each member of a generation."""
+    return torch.vmap(lambda own: keys.normal(own, (size,), dtype))(common.member_keys(key, population))
 
 
 def usual_population(size: int) -> int:

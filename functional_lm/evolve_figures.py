@@ -1,0 +1,90 @@
+"""What a run of several figures leaves beside its winner: the front, or the archive, as numbers and as a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from functional_lm import console, evolve_flags, files
+from functional_lm.evolve_flags import EvolveFlags
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from functional_lm.evolution.elites import Archive
+    from functional_lm.evolution.pareto import Population
+
+
+def report(options: EvolveFlags, state: Any, out: Path) -> dict[str, Any]:
+    """More for summary.json; `front.png` or `archive.png`. Nothing of strategies of one figure."""
+    if options.strategy == "nsga2":
+        return _front(options, state, out)
+    return _archive(options, state, out) if options.strategy == "map-elites" else {}
+
+
+def _front(options: EvolveFlags, state: Population, out: Path) -> dict[str, Any]:
+    """The figures of the members of the front, from the best to the worst in the first one; which one is kept."""
+    from functional_lm.evolution import pareto
+
+    names = evolve_flags.figures(options)
+    inside = pareto.front(state.figures)
+    if not bool(inside.any()):
+        return {"front": []}
+    middle = dict(zip(names, state.figures[int(pareto.compromise(state.figures))].tolist()))
+    rows = sorted(set(map(tuple, state.figures[inside].tolist())), reverse=True)
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in middle.items())
+    console.say(f"{int(inside.sum())} members on the front; the kept one is its compromise, {shown}")
+
+    known = [row for row in state.figures[~inside].tolist() if math.isfinite(row[0])]
+
+    def draw(axes: Axes) -> None:
+        points = ((known, "the others", ".", 30), (rows, "front", "o", 24), ([[*middle.values()]], "kept", "*", 160))
+        for some, label, marker, size in points:
+            axes.scatter([row[0] for row in some], [row[1] for row in some], s=size, marker=marker, label=label)
+        axes.set(xlabel=names[0], ylabel=names[1], title=out.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    _picture(out / "front.png", draw)
+    return {"front": [dict(zip(names, row)) for row in rows], "kept_figures": middle}
+
+
+def _archive(options: EvolveFlags, state: Archive, out: Path) -> dict[str, Any]:
+    """The elite of each filled cell: its place on the grid, its fitness and its descriptor."""
+    import torch
+
+    bins, low, high = evolve_flags.grid(options)
+    filled = torch.isfinite(state.fitness).nonzero()[:, 0].tolist()
+    cells = [
+        {
+            "cell": [int(place) for place in torch.unravel_index(torch.tensor(number), bins)],
+            options.fitness: float(state.fitness[number]),
+            **dict(zip(options.descriptor, state.descriptors[number].tolist())),
+        }
+        for number in filled
+    ]
+    console.say(f"{len(filled)} of {len(state.fitness)} kinds found; the best of them all is kept")
+
+    def draw(axes: Axes) -> None:
+        grid = torch.where(torch.isfinite(state.fitness), state.fitness, torch.nan).view(bins[0], -1)
+        edges = (low[0], high[0], *((low[1], high[1]) if len(bins) == 2 else (0.0, float(grid.shape[1]))))
+        image = axes.imshow(grid.mT.cpu().numpy(), origin="lower", aspect="auto", extent=edges)
+        rest = " x ".join(options.descriptor[1:])
+        axes.set(xlabel=options.descriptor[0], ylabel=rest, title=f"{out.name}: {options.fitness}")
+        axes.figure.colorbar(image)
+
+    _picture(out / "archive.png", draw)
+    return {"cells": len(state.fitness), "archive": cells}
+
+
+def _picture(path: Path, draw: Any) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+    draw(axes)
+    files.write_with(path, lambda place: figure.savefig(place, dpi=120, format="png"))
+    pyplot.close(figure)
