@@ -41,6 +41,7 @@ def run(options: EvolveFlags) -> int:
     found = corpus.find(str(options.data))
     if options.overwrite:
         read = [("model", options.model), ("adapter", options.adapter), *(("data", path) for path in found.files)]
+        read += [("base", options.base), *(("models", path) for path in options.models)]
         run_folder.check_overwrite(out, read)
     options = _on_this_machine(options)
     journal = _opened(options, out)
@@ -50,7 +51,7 @@ def run(options: EvolveFlags) -> int:
     if journal is None:
         journal = _begin(options, evolution, out)
     else:
-        _check_base(journal, evolution, str(options.model))
+        _check_base(journal, evolution, evolve_flags.origin(options))
         state = loop.resumed(evolution.strategy, state, journal, out)
         console.say(f"going on with {out} from generation {int(state.generation)}")
     console.say(_intention(options, evolution, task))
@@ -197,7 +198,7 @@ def _replay(options: EvolveFlags) -> int:
     if began.compile != flags["compile"]:
         console.say("the journal's run was compiled and this machine cannot: the last bits may differ")
     evolution = evolution_of(began)
-    _check_base(journal, evolution, str(began.model))
+    _check_base(journal, evolution, evolve_flags.origin(began))
     if journal.cut:
         console.say(f"the last line of {journal.path} was cut off and is left out")
     state = evolution.strategy.init(keys.fold_in_name(key_of(began), "evolution"), evolution.space.start)
@@ -240,6 +241,7 @@ COMMAND = Command(
         "examples:\n"
         "  evolve --model runs/train --data text.txt --strategy eggroll --population 64\n"
         "  evolve --model runs/train --data questions.jsonl --fitness exact --max_tokens 8\n"
+        "  evolve --space merge --models runs/a,runs/b --data text.txt --strategy cma-es --sigma 0.2\n"
         "  evolve replay runs/evolve/journal.jsonl --out rebuilt"
     ),
 )

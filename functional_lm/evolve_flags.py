@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from functional_lm.errors import UsageError
+from functional_lm.merge import METHODS
 from functional_lm.options import option
 from functional_lm.prepare import SOURCES
 from functional_lm.training_flags import DEVICES, OPTIMIZERS
@@ -13,7 +14,7 @@ from functional_lm.training_flags import DEVICES, OPTIMIZERS
 STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es")
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
 ANTITHETIC = ("openai-es", "eggroll")
-SPACES = ("full", "lora")
+SPACES = ("full", "lora", "merge")
 MEASURED = ("loss", "bits", "accuracy")
 SHAPINGS = ("centered_rank", "z_score", "nes")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -23,7 +24,7 @@ FIXED = (
     "sigma", "learning_rate", "optimizer", "weight_decay", "beta1", "beta2", "momentum", "grad_clip", "antithetic",
     "shaping", "noise", "elites", "tournament", "pressure", "crossover", "crossover_rate", "mutation", "mutation_rate",
     "strength", "batch_size", "block_size", "val_fraction", "max_tokens", "temperature", "stop", "chat", "dtype",
-    "seed", "compile",
+    "seed", "compile", "models", "method", "groups", "base", "density",
 )  # fmt: skip
 
 
@@ -53,6 +54,20 @@ class EvolveFlags:
         ("all-linear",), "what it adapts: ends of paths, globs over paths, or all-linear", group="Space"
     )
     adapter: str | None = option(None, "adapter folder to begin with", group="Space")
+    models: tuple[str, ...] = option(
+        (),
+        "model folders (or adapter folders of --base) to merge, of space merge",
+        group="Space",
+        metavar="DIR,DIR,...",
+    )
+    method: str = option("linear", "how they are merged, as in merge", choices=METHODS, group="Space")
+    groups: str = option(
+        "*", "leaves with coefficients of their own: globs, or layers", group="Space", metavar="'GLOB;GLOB'"
+    )
+    base: str | None = option(None, "model folder that the models came from, for differences", group="Space")
+    density: float | None = option(
+        None, "share of each difference to begin with; 0.2 of ties, 0.5 of dare", above=0, high=1, group="Space"
+    )
     strategy: str = option("eggroll", "how it is evolved", choices=STRATEGIES, group="Strategy")
     population: int = option(64, "members of a generation", low=1, group="Strategy")
     sigma: float = option(0.02, "standard deviation of the noise on each number", above=0, group="Strategy")
@@ -112,9 +127,10 @@ def check(flags: EvolveFlags) -> None:
         if flags.journal is None:
             raise UsageError("evolve replay needs the journal: evolve replay RUN/journal.jsonl --out DIR")
         return
-    for name in ("model", "data"):
+    for name in ("data",) if flags.space == "merge" else ("model", "data"):
         if getattr(flags, name) is None:
             raise UsageError(f"--{name} is required")
+    _check_merge(flags)
     paired = flags.strategy == "mezo" or (flags.strategy in ANTITHETIC and flags.antithetic)
     if flags.population < 2 or (paired and flags.population % 2):
         what = "odd; antithetic pairs need an even one, or --antithetic false" if flags.population > 1 else "too small"
@@ -124,13 +140,31 @@ def check(flags: EvolveFlags) -> None:
     if flags.space != "lora" and flags.adapter is not None:
         raise UsageError(f"--adapter is evolved in --space lora, not in {flags.space}")
     if flags.space != "full" and flags.leaves != ("*",):
-        raise UsageError(f"--leaves chooses in --space full; {flags.space} has --targets")
+        other = {"lora": "--targets", "merge": "--groups"}.get(flags.space, "none")
+        raise UsageError(f"--leaves chooses in --space full; {flags.space} has {other}")
     if flags.noise == "regenerated" and flags.strategy not in ESTIMATING:
         raise UsageError(f"--noise regenerated is for {' and '.join(ESTIMATING)}; {flags.strategy} stores its members")
     if flags.chunk_size != "auto" and not (flags.chunk_size.isdecimal() and int(flags.chunk_size) > 0):
         raise UsageError(f"--chunk_size is {flags.chunk_size!r}; it is auto or a whole number above 0")
     if flags.fitness not in (*MEASURED, "exact") and ":" not in flags.fitness:
         raise UsageError(f"--fitness is {flags.fitness!r}; it is {', '.join(MEASURED)}, exact or module:function")
+
+
+def _check_merge(flags: EvolveFlags) -> None:
+    if flags.space == "merge":
+        if flags.model is not None:
+            raise UsageError("--space merge takes --models A,B and no --model")
+        if not flags.models:
+            raise UsageError("--space merge needs --models A,B: the folders to merge")
+        return
+    for name, usual in (("models", ()), ("method", "linear"), ("groups", "*"), ("base", None), ("density", None)):
+        if getattr(flags, name) != usual:
+            raise UsageError(f"--{name} belongs to --space merge, not to {flags.space}")
+
+
+def origin(flags: EvolveFlags) -> str:
+    """What is evolved, by its folders."""
+    return str(flags.model) if flags.model is not None else ", ".join(flags.models)
 
 
 def answers(flags: EvolveFlags) -> bool:

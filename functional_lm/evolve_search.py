@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from functional_lm.tree import Tree
 
 
+GENERATE = "python -m functional_lm.generate --model"
+
+
 class Evolution(NamedTuple):
     """What follows from the flags and the model, whatever fitness is."""
 
@@ -39,21 +42,22 @@ def key_of(options: EvolveFlags) -> Tensor:
 
 
 def evolution_of(options: EvolveFlags) -> Evolution:
-    from functional_lm import folder, tree
+    from functional_lm import evolve_spaces, folder, tree
 
+    if options.space in evolve_spaces.SPACES:
+        return evolve_spaces.SPACES[options.space](options)
     assert options.model is not None
     model = folder.load(options.model, options.device, quantized=options.space == "lora")
     digest = tree.digest(model.params)
-    generate = "python -m functional_lm.generate --model"
     if options.space == "lora":
         space, write = _adapter(options, model, digest)
         return Evolution(
             model,
             space,
-            _strategy(options, space.start),
+            strategy_of(options, space.start),
             digest,
             write,
-            f"{generate} {options.model} --adapter",
+            f"{GENERATE} {options.model} --adapter",
             "adapter",
         )
     from functional_lm.evolution import spaces
@@ -63,7 +67,7 @@ def evolution_of(options: EvolveFlags) -> Evolution:
     def write_model(path: Path, leaves: Tree) -> None:
         folder.save(path, space.whole(space.base, leaves), model.config, model.tokenizer)
 
-    return Evolution(model, space, _strategy(options, space.start), digest, write_model, generate, "model")
+    return Evolution(model, space, strategy_of(options, space.start), digest, write_model, GENERATE, "model")
 
 
 def _adapter(options: EvolveFlags, model: Model, digest: str) -> tuple[Space, Callable[[Path, Tree], None]]:
@@ -106,7 +110,7 @@ def own_numbers(options: EvolveFlags, start: Tree) -> int:
     return low_rank(options.rank).numbers(shapes_of(start)) if options.strategy == "eggroll" else tree.size(start)
 
 
-def _strategy(options: EvolveFlags, start: Tree) -> Strategy:
+def strategy_of(options: EvolveFlags, start: Tree) -> Strategy:
     """What the flags name, for a tree. Whether its parts are compiled depends on these two alone, as replay asks."""
     from functional_lm.compile import compiled
     from functional_lm.evolution import cma, eggroll, genetic, gradient, mezo, natural, openai

@@ -140,6 +140,6 @@ def chunk_of(options: EvolveFlags, evolution: Evolution, tokens: int) -> int:
     if options.chunk_size != "auto":
         return int(options.chunk_size)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    own = 4 * own_numbers(options, evolution.space.start)
+    own = 4 * (own_numbers(options, evolution.space.start) + evolution.space.makes)
     each = population.member_bytes(evolution.model.config, tokens, own, dtype)
     return population.automatic_chunk(options.population, each, tokens, population.free_memory(device))

@@ -87,13 +87,20 @@ def answerer(
     prepare = preparation(strategy, space, dtype)
     size = strategy.population if how.chunk is None else min(how.chunk, strategy.population)
 
+    def member(frozen: Tree, shared: Tree, own: Tree) -> Tree:
+        leaves = strategy.member(shared, own)
+        return space.model(frozen, leaves, dtype) if space.makes else leaves
+
+    def model_of(frozen: Tree, own: Tree) -> Tree:
+        return own if space.makes else space.model(frozen, own, dtype)
+
     def fill(
         cache: Tree, frozen: Tree, own: Tree, prompts: Prompts, row_keys: Tensor, drawn: Tensor
     ) -> tuple[Tree, Tensor]:
         start = torch.zeros_like(prompts.last)
 
         def one(cache: Tree, own: Tree) -> tuple[Tree, Tensor]:
-            model = space.model(frozen, own, dtype)
+            model = model_of(frozen, own)
             cache, logits = prefill(model, cache, prompts.tokens, start, prompts.last, config)
             return cache, choose(logits, row_keys, drawn, how.temperature)
 
@@ -103,14 +110,14 @@ def answerer(
         state: tuple[Tree, Tensor], frozen: Tree, own: Tree, at: Tensor, row_keys: Tensor, drawn: Tensor
     ) -> tuple[tuple[Tree, Tensor], Tensor]:
         def one(cache: Tree, own: Tree, tokens: Tensor) -> tuple[Tree, Tensor]:
-            model = space.model(frozen, own, dtype)
+            model = model_of(frozen, own)
             cache, logits = forward_cached(model, cache, tokens[:, None], at, config)
             return cache, choose(logits[:, -1], row_keys, drawn, how.temperature)
 
         cache, tokens = torch.vmap(one)(state[0], own, state[1])
         return (cache, tokens), tokens
 
-    leaves = compiled(torch.vmap(strategy.member, (None, 0)), enabled=how.compile)
+    leaves = compiled(torch.vmap(member, (None, None, 0)), enabled=how.compile)
     read = compiled(fill, donate=True, enabled=how.compile)
     decode = compiled(step, donate=True, enabled=how.compile)
 
@@ -136,7 +143,7 @@ def answerer(
         with torch.no_grad():
             frozen, shared = prepare(candidates)
             parts = chunks(candidates.own, strategy.population, size)
-            found = [write(frozen, leaves(shared, own), prompts, key) for own in parts]
+            found = [write(frozen, leaves(frozen, shared, own), prompts, key) for own in parts]
         return torch.cat(found)[: strategy.population]
 
     return answer
