@@ -8,13 +8,14 @@ from functional_lm.errors import UsageError
 from functional_lm.merge import METHODS
 from functional_lm.options import option
 from functional_lm.prepare import SOURCES
+from functional_lm.sampling_settings import USUAL
 from functional_lm.training_flags import DEVICES, OPTIMIZERS
 
 # Names of what `evolution/` has; a test holds them equal.
 STRATEGIES = ("genetic", "openai-es", "eggroll", "mezo", "snes", "xnes", "cma-es", "sep-cma-es")
 ESTIMATING = ("openai-es", "eggroll")  # those with a gradient, an optimizer and pairs
 ANTITHETIC = ("openai-es", "eggroll")
-SPACES = ("full", "lora", "merge")
+SPACES = ("full", "lora", "merge", "decode")
 MEASURED = ("loss", "bits", "accuracy")
 SHAPINGS = ("centered_rank", "z_score", "nes")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -25,6 +26,7 @@ FIXED = (
     "shaping", "noise", "elites", "tournament", "pressure", "crossover", "crossover_rate", "mutation", "mutation_rate",
     "strength", "batch_size", "block_size", "val_fraction", "max_tokens", "temperature", "stop", "chat", "dtype",
     "seed", "compile", "models", "method", "groups", "base", "density",
+    "settings",
 )  # fmt: skip
 
 
@@ -68,6 +70,10 @@ class EvolveFlags:
     density: float | None = option(
         None, "share of each difference to begin with; 0.2 of ties, 0.5 of dare", above=0, high=1, group="Space"
     )
+    settings: tuple[str, ...] = option(
+        tuple(USUAL), "what of sampling is evolved, of space decode", choices=tuple(USUAL), group="Space",
+        metavar="NAME,NAME,...",
+    )  # fmt: skip
     strategy: str = option("eggroll", "how it is evolved", choices=STRATEGIES, group="Strategy")
     population: int = option(64, "members of a generation", low=1, group="Strategy")
     sigma: float = option(0.02, "standard deviation of the noise on each number", above=0, group="Strategy")
@@ -131,6 +137,7 @@ def check(flags: EvolveFlags) -> None:
         if getattr(flags, name) is None:
             raise UsageError(f"--{name} is required")
     _check_merge(flags)
+    _check_decode(flags)
     paired = flags.strategy == "mezo" or (flags.strategy in ANTITHETIC and flags.antithetic)
     if flags.population < 2 or (paired and flags.population % 2):
         what = "odd; antithetic pairs need an even one, or --antithetic false" if flags.population > 1 else "too small"
@@ -160,6 +167,20 @@ def _check_merge(flags: EvolveFlags) -> None:
     for name, usual in (("models", ()), ("method", "linear"), ("groups", "*"), ("base", None), ("density", None)):
         if getattr(flags, name) != usual:
             raise UsageError(f"--{name} belongs to --space merge, not to {flags.space}")
+
+
+def _check_decode(flags: EvolveFlags) -> None:
+    if flags.space != "decode":
+        if flags.settings != tuple(USUAL):
+            raise UsageError(f"--settings belongs to --space decode, not to {flags.space}")
+        return
+    if not answers(flags):
+        raise UsageError(f"--space decode changes answers alone; --fitness is {flags.fitness}: give exact or "
+                         "module:function")  # fmt: skip
+    if flags.temperature:
+        raise UsageError("--temperature is evolved in --space decode; it begins at the model's own")
+    if not flags.settings or len(set(flags.settings)) < len(flags.settings):
+        raise UsageError(f"--settings is {','.join(flags.settings) or 'empty'}; name each setting once")
 
 
 def origin(flags: EvolveFlags) -> str:

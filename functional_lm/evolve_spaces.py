@@ -50,4 +50,26 @@ def _in_words(flags: MergeFlags, found: merging.Recipe, seed: int) -> dict[str, 
     )
 
 
-SPACES: dict[str, Callable[[EvolveFlags], Evolution]] = {"merge": merge}
+def decode(options: EvolveFlags) -> Evolution:
+    """How a model's tokens are chosen, beginning at its own settings."""
+    from functional_lm import folder, sampling_settings, tree
+    from functional_lm.evolution import decoding
+
+    assert options.model is not None
+    model, plan = folder.load(options.model, options.device, quantized=True), folder.read_plan(options.model)
+    size = model.config.vocab_size
+    began = sampling_settings.resolved(None, options.model)
+    space = decoding.decode(model.params, began, options.settings, size)
+    space = space._replace(start=tree.to(space.start, options.device))
+
+    def write(path: Path, leaves: Tree) -> None:
+        folder.save(path, model.params, model.config, model.tokenizer, plan)
+        found = decoding.settings_of(leaves["settings"], options.settings, size)
+        evolved = {name: value.item() for name, value in found.items()}
+        sampling_settings.write(path, {**began, **evolved})
+
+    digest = tree.digest({"model": model.params, "start": space.start})
+    return Evolution(model, space, strategy_of(options, space.start), digest, write, GENERATE, "model")
+
+
+SPACES: dict[str, Callable[[EvolveFlags], Evolution]] = {"merge": merge, "decode": decode}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,7 +100,8 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
     how = answers.Answering(
         options.max_tokens, asked.stops, options.temperature, chunk_of(options, evolution, tokens), options.compile
     )
-    answer = answers.answerer(evolution.strategy, evolution.space, model.config, how, dtype)
+    answerer = _answerer(options)
+    answer = answerer(evolution.strategy, evolution.space, model.config, how, dtype)
     draws = keys.fold_in_name(key_of(options), "answers")
 
     def scored(found: Tensor, rows: list[Any]) -> Tensor:
@@ -113,7 +115,7 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
 
     single = unmoved()
     eager = dataclasses.replace(how, compile=False, chunk=None)
-    alone = answers.answerer(single, evolution.space, model.config, eager, dtype)
+    alone = answerer(single, evolution.space, model.config, eager, dtype)
 
     def held_out(leaves: Tree) -> float:
         rows = asked.validation[: options.eval_batches * options.batch_size]
@@ -123,6 +125,18 @@ def _answered(options: EvolveFlags, evolution: Evolution, found: Corpus) -> Task
         return float(scored(alone(one, task.prompts(asked, rows, device), draws), rows)[0])
 
     return Task(measure, held_out, tokens)
+
+
+def _answerer(options: EvolveFlags) -> Callable[..., Any]:
+    """What writes the answers: models that differ, or one model whose settings differ."""
+    from functional_lm import sampling_settings
+    from functional_lm.evolution import answers, decoding
+
+    if options.space != "decode":
+        return answers.answerer
+    assert options.model is not None
+    began = sampling_settings.resolved(None, options.model)
+    return partial(decoding.answerer, settings=began, names=options.settings)
 
 
 def _wrap(options: EvolveFlags) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -128,14 +128,14 @@ def answerer(
         row_keys = keys.split(key, rows)
         cache, tokens = read(cache, frozen, own, prompts, row_keys, torch.tensor(0, device=device))
         state = (cache, tokens.clone())
-        written, ended = [tokens], _stops(tokens, how.stops)
+        written, ended = [tokens], stopped(tokens, how.stops)
         for number in range(1, how.tokens):
             if bool(ended.all()):
                 break
             at, drawn = prompts.last + number, torch.tensor(number, device=device)
             state, tokens = decode(state, frozen, own, at, row_keys, drawn)
             written.append(tokens)
-            ended |= _stops(tokens, how.stops)
+            ended |= stopped(tokens, how.stops)
         written += [torch.full_like(tokens, how.stops[0] if how.stops else 0)] * (how.tokens - len(written))
         return torch.stack(written, -1)
 
@@ -149,7 +149,8 @@ def answerer(
     return answer
 
 
-def _stops(tokens: Tensor, stops: Sequence[int]) -> Tensor:
+def stopped(tokens: Tensor, stops: Sequence[int]) -> Tensor:
+    """Where one of the stops has been written."""
     ended = torch.zeros_like(tokens, dtype=torch.bool)
     for stop in stops:
         ended |= tokens == stop
@@ -204,18 +205,24 @@ def named(name: str) -> Score:
     return score
 
 
+def values_of(answers: Sequence[str], rows: Sequence[Row], score: Score, name: str) -> list[float]:
+    """The score of each answer. Raises DataError where the function raises or returns something else."""
+    try:
+        values = [float(value) for value in score(list(answers), list(rows))]
+    except (TimeoutError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise DataError(f"the fitness {name} raised {type(error).__name__}: {error}") from error
+    if len(values) != len(rows):
+        raise DataError(f"the fitness {name} returned {len(values)} numbers for {len(rows)} answers; one for each")
+    return values
+
+
 def scored(members: Sequence[Sequence[str]], rows: Sequence[Row], score: Score, name: str) -> Float[Tensor, "P"]:
-    """The mean score of each member's answers. Raises DataError where the function raises or returns something else."""
+    """The mean score of each member's answers. Raises DataError as `values_of` does."""
     means = []
     for answers in members:
-        try:
-            values = [float(value) for value in score(list(answers), list(rows))]
-        except (TimeoutError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            raise DataError(f"the fitness {name} raised {type(error).__name__}: {error}") from error
-        if len(values) != len(rows):
-            raise DataError(f"the fitness {name} returned {len(values)} numbers for {len(rows)} answers; one for each")
+        values = values_of(answers, rows, score, name)
         means.append(math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan)
     return torch.tensor(means)
 
