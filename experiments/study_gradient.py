@@ -28,7 +28,7 @@ import argparse
 import itertools
 import math
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,18 +96,22 @@ def trained(steps: int, vocab: int, width: int) -> Trained:
 # Estimates ------------------------------------------------------------------------------------------------------------
 
 
-def measured(model: Trained, rank: int | None, sigma: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The fitness of all members [P], and the keys of their pairs [N, 2]; noise is drawn inside the forward."""
+def measuring(model: Trained, rank: int | None) -> Callable[[float], tuple[Tensor, Tensor]]:
+    """`sigma -> (fitness [P], keys of the pairs [N, 2])`; compiled once, the noise is drawn inside the forward."""
     size = SIZES[-1]
     plain = chain(rate=scale_by_learning_rate())
     settings = gradient.Settings(size, noise="regenerated")
-    strategy = gradient.estimating("study", settings, pairs_of(rank), plain, {"sigma": sigma})
+    strategy = gradient.estimating("study", settings, pairs_of(rank), plain)
     space = spaces.full(model.params)
-    evaluate = population.evaluator(
-        strategy, space, fitness.loss(model.config), torch.float32, PART, partial(compiled, enabled=True)
-    )
-    state = strategy.init(keys.key(seed), space.start)
-    return evaluate(strategy.ask(state), model.batch), common.member_keys(common.generation_key(state), size // 2)
+    evaluate = population.evaluator(strategy, space, fitness.loss(model.config), torch.float32, PART, compiled)
+    state = strategy.init(keys.key(10), space.start)
+    own = common.member_keys(common.generation_key(state), size // 2)
+
+    def measured(sigma: float) -> tuple[Tensor, Tensor]:
+        at = state._replace(numbers={**state.numbers, "sigma": torch.tensor(sigma)})
+        return evaluate(strategy.ask(at), model.batch), own
+
+    return measured
 
 
 def estimate(params: Tree, rank: int | None, own: Tensor, weights: Tensor) -> Tree:
@@ -171,8 +175,10 @@ def main() -> None:
     objective = fitness.loss(model.config)
     true = torch.func.grad(lambda params: objective(params, model.batch))(model.params)
     found: dict[str, dict[int, list[float]]] = {}
+    measured: dict[str, Callable[[float], tuple[Tensor, Tensor]]] = {}
     for name, rank in RANKS.items():
-        values, own = measured(model, rank, given.sigma, seed=10)
+        measured[name] = measuring(model, rank)
+        values, own = measured[name](given.sigma)
         found[name] = cosines(model, true, rank, values, own, given.blocks)
         if name == "rank 1":
             found["rank 1, centred ranks"] = cosines(model, true, rank, values, own, given.blocks, ranks=True)
@@ -181,7 +187,7 @@ def main() -> None:
     table(found, laws)
     print(f"\n| σ | cosine at P = {SIZES[-1]}, rank 1 | with centred ranks |\n|---|---|---|")
     for sigma in (0.001, 0.003, 0.01, 0.03, 0.1):
-        values, own = measured(model, 1, sigma, seed=10)
+        values, own = measured["rank 1"](sigma)
         both = [cosines(model, true, 1, values, own, 1, ranks)[SIZES[-1]][0] for ranks in (False, True)]
         print(f"| {sigma} | {both[0]:.3f} | {both[1]:.3f} |", flush=True)
     plot(Path(given.out), found, laws, size)

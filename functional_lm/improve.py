@@ -177,12 +177,12 @@ def _settle(out: Path, source: Path, log: list[dict[str, Any]]) -> None:
         made = _place(out, last["round"]) / "model"
         if not (made / "model.safetensors").is_file():
             raise DataError(f"{out} lost the model of round {last['round']}; choose another --out")
-        _install(made, out)
+        _install(made, out, PARTS[-1:])
 
 
-def _install(source: Path, out: Path) -> None:
+def _install(source: Path, out: Path, parts: Sequence[str] = PARTS) -> None:
     """The parts of a model folder, byte for byte; the weights last."""
-    for name in PARTS:
+    for name in parts:
         if (source / name).is_file():
             files.write_with(out / name, lambda path, name=name: shutil.copyfile(source / name, path))  # type: ignore[misc]
 
@@ -218,7 +218,7 @@ def _rounds(options: ImproveFlags, out: Path, model: Model, asker: Asker, log: l
         length = (out / LOG).read_bytes().rfind(b"\n") + 1 if (out / LOG).exists() else None
         files.grow(out / LOG, json.dumps(entry) + "\n", length)
         if accepted:
-            _install(place / "model", out)
+            _install(place / "model", out, PARTS[-1:])
             params, value = found, after
         for name in ("model", "run"):
             files.remove(place / name)

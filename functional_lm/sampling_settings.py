@@ -64,6 +64,12 @@ def resolved(given: Any, folder: str | Path) -> dict[str, float]:
     return {**USUAL, **of_folder(folder), **{name: value for name, value in flags.items() if value is not None}}
 
 
+def carry(source: str | Path, folder: Path) -> None:
+    """Take the settings of one folder over into another."""
+    if found := of_folder(source):
+        write(folder, found)
+
+
 def write(folder: Path, settings: Mapping[str, float]) -> None:
     """Put settings into a folder's file, whose other fields stay."""
     files.write_json(folder / NAME, {**files.read_json(folder / NAME), "do_sample": True, **settings})

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from strategies import weights
 
 from functional_lm import evolve, files, folder, generate, keys, sampling_settings, tree
-from functional_lm.cli import main_single
+from functional_lm.__main__ import COMMANDS
+from functional_lm.cli import main, main_single
 from functional_lm.errors import DataError
 from functional_lm.evolution import answers, cma, decoding
 from functional_lm.evolution.strategy import Candidates, unmoved
@@ -197,6 +198,18 @@ def test_what_cannot_be_meant_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_other_programs_get_the_settings_and_give_them_back(at: Path) -> None:
+    pytest.importorskip("transformers")
+    (at / "own").mkdir()
+    for path in Path("model").iterdir():
+        (at / "own" / path.name).write_bytes(path.read_bytes())
+    sampling_settings.write(at / "own", {"temperature": 0.3, "top_k": 7})
+    assert main(COMMANDS, ["export", "--model", str(at / "own"), "--out", str(at / "theirs")]) == 0
+    assert main(COMMANDS, ["import", str(at / "theirs"), "--out", str(at / "back")]) == 0
+    for name in ("theirs", "back"):
+        assert sampling_settings.of_folder(at / name) == {"temperature": 0.3, "top_k": 7}
 
 
 @pytest.mark.parametrize(
