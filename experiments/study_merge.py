@@ -69,22 +69,22 @@ def batch(rows: Tensor) -> Tensors:
     return {"tokens": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
 
 
-def trained(
-    params: Tree, config: ModelConfig, sources: Sequence[Tensor], steps: int, rate: float, seed: int, rows: int
-) -> Tree:
-    """Steps on rows that come from the sources in equal numbers."""
-    functions = step.training(
-        config,
-        optimizer.adamw(),
-        schedule.schedule("cosine", 20, 0.05),
-        numbers={"learning_rate": rate, "total_steps": steps},
-    )
-    take, state = compiled(functions.train_step, donate=True), functions.init(tree.copy(params), keys.key(seed))
-    for number in range(steps):
-        key, each = keys.fold_in(keys.key(seed), number), rows // len(sources)
-        parts = [drawn(ids, keys.fold_in(key, i), each) for i, ids in enumerate(sources)]
-        state, _ = take(state, batch(torch.cat(parts)))
-    return tree.copy(state.params)
+def trainer(config: ModelConfig, rows: int) -> Callable[[Tree, Sequence[Tensor], int, float, int], Tree]:
+    """`(params, sources, steps, rate, seed) -> params`, compiled once; rows come from the sources in equal numbers."""
+    functions = step.training(config, optimizer.adamw(), schedule.schedule("cosine", 20, 0.05))
+    take = compiled(functions.train_step, donate=True)
+
+    def trained(params: Tree, sources: Sequence[Tensor], steps: int, rate: float, seed: int) -> Tree:
+        state = functions.init(tree.copy(params), keys.key(seed))
+        own = {"learning_rate": torch.tensor(rate), "total_steps": torch.tensor(float(steps))}
+        state = state._replace(numbers={**state.numbers, **own})
+        for number in range(steps):
+            key, each = keys.fold_in(keys.key(seed), number), rows // len(sources)
+            parts = [drawn(ids, keys.fold_in(key, i), each) for i, ids in enumerate(sources)]
+            state, _ = take(state, batch(torch.cat(parts)))
+        return tree.copy(state.params)
+
+    return trained
 
 
 # Measuring and evolving -----------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def trained(
 
 def measurement(books: Books, config: ModelConfig) -> Callable[[Tree], list[float]]:
     """Bits per byte of each book's held-out part, all of it, in windows side by side."""
-    score = compiled(lambda params, rows: transformer.loss(params, rows, fitness.vmappable(config))[0])
+    written = fitness.vmappable(config)
 
     def bits(params: Tree) -> list[float]:
         found = []
@@ -100,7 +100,7 @@ def measurement(books: Books, config: ModelConfig) -> Callable[[Tree], list[floa
             count = (len(ids) - 1) // TIME // 32 * 32
             windows = torch.stack([ids[TIME * i : TIME * i + TIME + 1] for i in range(count)])
             with torch.no_grad():
-                nll = sum(float(score(params, batch(rows))) for rows in windows.split(32))
+                nll = sum(float(transformer.loss(params, batch(rows), written)[0]) for rows in windows.split(32))
             found.append(nll / math.log(2) / float(books.byte_lengths[windows[:, 1:]].sum()))
         return found
 
@@ -112,7 +112,7 @@ def evolved(
 ) -> tuple[Tree, int]:
     """The mean that CMA-ES ends at, as a model, and how many coefficients there were."""
     strategy = cma.cma_es(members, sigma)
-    evaluate = population.evaluator(strategy, space, fitness.loss(config), chunk=4, wrap=compiled)
+    evaluate = population.evaluator(strategy, space, fitness.loss(config), chunk=5)
     state = strategy.init(keys.key(0), space.start)
     for _ in range(generations):
         state = strategy.tell(state, evaluate(strategy.ask(state), rows))
@@ -125,13 +125,13 @@ def evolved(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", required=True, help="two texts, A,B")
-    parser.add_argument("--vocab", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--pretraining", type=int, default=500, help="steps of 16 rows")
-    parser.add_argument("--tuning", type=int, default=250, help="steps of 16 rows, on each book")
-    parser.add_argument("--members", type=int, default=12)
-    parser.add_argument("--generations", type=int, default=25)
-    parser.add_argument("--rows", type=int, default=64, help="that fitness is measured on")
+    parser.add_argument("--vocab", type=int, default=512)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--pretraining", type=int, default=500, help="steps of 8 rows")
+    parser.add_argument("--tuning", type=int, default=250, help="steps of 8 rows, on each book")
+    parser.add_argument("--members", type=int, default=10)
+    parser.add_argument("--generations", type=int, default=15)
+    parser.add_argument("--rows", type=int, default=32, help="that fitness is measured on")
     given = parser.parse_args()
     paths = [Path(path) for path in given.books.split(",")]
     if len(paths) != 2 or not all(path.is_file() for path in paths):
@@ -143,15 +143,16 @@ def main() -> None:
 
     books = read(paths, given.vocab)
     config = ModelConfig(
-        given.vocab, d_model=given.width, n_layers=3, n_heads=4, d_ff=3 * given.width, max_len=TIME,
+        given.vocab, d_model=given.width, n_layers=2, n_heads=4, d_ff=3 * given.width, max_len=TIME,
         attention="standard",
     )  # fmt: skip
     fresh = transformer.init(config, keys.key(0))
-    base = trained(fresh, config, books.parts["pretraining"], given.pretraining, 3e-3, 1, 16)
+    trained = trainer(config, 8)
+    base = trained(fresh, books.parts["pretraining"], given.pretraining, 3e-3, 1)
     say("pretrained")
     tuning = books.parts["tuning"]
-    parents = [trained(base, config, [ids], given.tuning, 1e-3, 2 + i, 16) for i, ids in enumerate(tuning)]
-    both = trained(base, config, tuning, given.tuning, 1e-3, 4, 16)
+    parents = [trained(base, [ids], given.tuning, 1e-3, 2 + i) for i, ids in enumerate(tuning)]
+    both = trained(base, tuning, given.tuning, 1e-3, 4)
     say("fine-tuned")
     bits = measurement(books, config)
     ones = torch.ones(2)

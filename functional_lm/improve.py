@@ -7,7 +7,9 @@ Everything is asked as chats are learned. Parse, wire, print; the parts of a rou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 import sys
@@ -276,11 +278,15 @@ def _learn(options: ImproveFlags, out: Path, place: Path, number: int) -> None:
         "dtype": options.dtype, "device": options.device, "compile": options.compile, "eval_every": 0,
         "save_every": 0, "sample_tokens": 0,
     }  # fmt: skip
-    if not options.lora_rank:
-        finetune.run(FinetuneOptions(**common, out=str(place / "model")))
+    rank, said = options.lora_rank, io.StringIO()
+    with contextlib.redirect_stdout(said):  # it speaks of a folder that does not stay
+        if not rank:
+            finetune.run(FinetuneOptions(**common, out=str(place / "model")))
+        else:
+            finetune.run(LoraOptions(**common, out=str(place / "run"), lora_rank=rank, lora_alpha=float(rank)))
+    files.write_text(place / "learning.log", said.getvalue())
+    if not rank:
         return
-    rank = options.lora_rank
-    finetune.run(LoraOptions(**common, out=str(place / "run"), lora_rank=rank, lora_alpha=float(rank)))
     base = folder.load(out, options.device)
     params = lora.merge(base.params, load_adapter(place / "run", base.params, device=options.device))
     folder.save(place / "model", params, base.config, base.tokenizer)
