@@ -130,8 +130,8 @@ def main() -> None:
     parser.add_argument("--pretraining", type=int, default=500, help="steps of 8 rows")
     parser.add_argument("--tuning", type=int, default=250, help="steps of 8 rows, on each book")
     parser.add_argument("--members", type=int, default=10)
-    parser.add_argument("--generations", type=int, default=15)
-    parser.add_argument("--rows", type=int, default=32, help="that fitness is measured on")
+    parser.add_argument("--generations", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=128, help="that fitness is measured on")
     given = parser.parse_args()
     paths = [Path(path) for path in given.books.split(",")]
     if len(paths) != 2 or not all(path.is_file() for path in paths):

@@ -14,79 +14,29 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from functional_lm import console, files
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
-from functional_lm.options import REQUIRED, option
-from functional_lm.training_flags import DEVICES
+from functional_lm.improve_asking import Asker, asker_of
+from functional_lm.improve_flags import ImproveFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from torch import Tensor
-
-    from functional_lm.evolution.answers import Row
-    from functional_lm.evolution.improvement import Answer, Write
-    from functional_lm.evolution.task import Questions
+    from functional_lm.evolution.improvement import Answer
     from functional_lm.folder import Model
     from functional_lm.tree import Tree
 
 LOG, RECORD = "rounds.jsonl", "improve.json"
-LIKELIHOOD = "likelihood"
 # What a model folder is made of; nothing else of a run is carried over.
 PARTS = (
     "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "model.safetensors",
 )  # fmt: skip
 FREE = ("out", "rounds", "timeout", "device")  # what may change when rounds go on
-
-
-@dataclass(frozen=True)
-class ImproveFlags:
-    """Flags of `improve`."""
-
-    model: str = option(REQUIRED, "model folder to begin with; it stays as it is", aliases=("model_path",))
-    data: str = option(REQUIRED, "JSON or JSONL rows of prompt and response", aliases=("data_path",))
-    out: str = option("runs/improve", "folder to write: the model, and a line for each round", aliases=("output_dir",))
-    score: str = option(
-        "exact", "exact (match), module:function of answers and rows, or likelihood: the model's own, nats a token"
-    )
-    rounds: int = option(5, "rounds", low=1)
-    prompts: int = option(64, "prompts of a round", low=1, group="Answers")
-    samples: int = option(8, "answers to each", low=1, group="Answers")
-    temperature: float = option(1.0, "of them", above=0, high=100, group="Answers")
-    top_p: float = option(1.0, "draw from the likeliest tokens that hold this mass", above=0, high=1, group="Answers")
-    max_tokens: int = option(64, "longest answer", low=1, group="Answers")
-    stop: tuple[str, ...] = option((), "texts that end an answer, commas between", group="Answers")
-    least: float | None = option(
-        None, "score below which the best answer to a prompt is not learned; 1 of exact, none of others",
-        group="Answers",
-    )  # fmt: skip
-    at_once: int = option(64, "answers written at once", low=1, group="Answers")
-    timeout: float = option(0.0, "seconds that scoring a round may take; 0: no limit", low=0, group="Answers")
-    val_fraction: float = option(0.2, "share of the rows that decide", above=0, below=1, group="Answers")
-    epochs: float = option(2.0, "passes over the kept answers", above=0, group="Learning")
-    learning_rate: float = option(1e-4, "peak learning rate", above=0, group="Learning")
-    batch_size: int = option(8, "rows in a step", low=1, group="Learning")
-    lora_rank: int = option(0, "learn an adapter of this rank and merge it; 0: all weights", low=0, group="Learning")
-    seed: int = option(1337, "seed of every random draw", low=0)
-    dtype: str = option("auto", "precision of the products", choices=("auto", "float32", "bfloat16"), group="Machine")
-    device: str = option("auto", "where to run", choices=DEVICES, group="Machine")
-    compile: bool = option(True, "compile (eager where no C++ compiler is found)", group="Machine")
-
-
-class Asker(NamedTuple):
-    """What measures and asks a model, whichever one it is."""
-
-    asked: Questions
-    sample: Write  # as the flags say
-    greedy: Write
-    rate: Callable[[Tree, Sequence[Row], Sequence[str]], list[float]]  # (params, rows, answers) -> scores
-    held_out: Callable[[Tree], float]
 
 
 def run(options: ImproveFlags) -> int:
@@ -102,7 +52,7 @@ def run(options: ImproveFlags) -> int:
     model = folder.load(source, options.device)
     conversations.require_markers(model.tokenizer, options.model)
     digest = tree.digest(model.params)
-    asker = _asker(options, model, found)
+    asker = asker_of(options, model, found)
     before = _opened(options, out, digest)
     if before is None and (run_folder.holds_model(out) or (out.is_dir() and any(out.iterdir()))):
         raise UsageError(f"{out} holds something else; choose another --out")
@@ -327,69 +277,6 @@ def _said(entry: dict[str, Any], options: ImproveFlags) -> str:
 
 def _shown(value: float | None) -> str:
     return "no number" if value is None else f"{value:.4f}"
-
-
-# Asking ---------------------------------------------------------------------------------------------------------------
-
-
-def _asker(options: ImproveFlags, model: Model, found: Any) -> Asker:
-    """Raises DataError for rows that cannot be used, UsageError for a score that cannot be meant."""
-    import torch
-
-    from functional_lm import keys, sampling_settings
-    from functional_lm.compile import compiled
-    from functional_lm.evolution import answers, fitness, improvement, task
-    from functional_lm.model.compute import compute_copy
-
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    asked = task.questions(found, model, options.val_fraction, options.seed, True, options.max_tokens)
-    if not asked.validation:
-        raise DataError(f"--val_fraction {options.val_fraction} of {len(asked.train)} rows is none: nothing decides")
-    own = options.score == LIKELIHOOD
-    score = None if own else answers.named(options.score)
-    how = answers.Answering(options.max_tokens, asked.stops, compile=options.compile)
-
-    def writing(temperature: float, top_p: float) -> Write:
-        settings = {**sampling_settings.USUAL, "temperature": temperature, "top_p": top_p}
-        return improvement.writing(
-            asked, model.config, model.tokenizer, how, dtype, device, settings, options.at_once, options.stop
-        )
-
-    config = fitness.vmappable(model.config)
-    likely = compiled(
-        lambda params, batch: improvement.likelihoods(compute_copy(params, dtype), batch, config),
-        enabled=options.compile,
-    )
-    width = asked.length + options.max_tokens
-    width = min(max(width, task.longest(asked, model.tokenizer)), model.config.max_len)
-
-    def own_likelihood(params: Tree, rows: Sequence[Row]) -> Tensor:
-        made = []
-        for start in range(0, len(rows), options.at_once):
-            part = list(rows[start : start + options.at_once])
-            filled = part + [part[-1]] * (options.at_once - len(part))
-            batch = task.read(asked, filled, model.tokenizer, width, device)
-            with torch.no_grad():
-                made.append(likely(params, {name: batch[name] for name in ("tokens", "targets")})[: len(part)].cpu())
-        return torch.cat(made)
-
-    def rate(params: Tree, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
-        if score is None:
-            said = [{**row, "response": text} for row, text in zip(rows, texts)]
-            values: list[float] = own_likelihood(params, said).tolist()
-            return values
-        with answers.limited(options.timeout, f"the score {options.score} of a round"):
-            return answers.values_of(texts, rows, score, options.score)
-
-    greedy = writing(0.0, 1.0)
-
-    def held_out(params: Tree) -> float:
-        rows = asked.validation
-        if own:  # of the rows' responses: confidence in its own words would rise by itself
-            return float(own_likelihood(params, rows).double().mean())
-        return float(task.mean(rate(params, rows, greedy(params, rows, keys.key(0, options.device)))))
-
-    return Asker(asked, writing(options.temperature, options.top_p), greedy, rate, held_out)
 
 
 COMMAND = Command(
