@@ -30,7 +30,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("improve")
     rows = [{"prompt": f"{a}+{b}", "response": str(a + b)} for a, b in PAIRS]
     (place / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (place / "scores.py").write_text(
+    (place / "sum_scores.py").write_text(
         "def fails(texts, rows):\n    raise ValueError('on purpose')\n"
         "def nan(texts, rows):\n    return [float('nan')] * len(texts)\n"
         "def worse(texts, rows):\n"
@@ -101,7 +101,7 @@ def test_a_round_that_does_not_help_leaves_the_bytes_as_they_were(
     at: Path, there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It learns wrong answers, which the score praises among samples and blames on held-out rows."""
-    assert improved(at / "run", "--score", "scores:worse", "--rounds", "1") == 0
+    assert improved(at / "run", "--score", "sum_scores:worse", "--rounds", "1") == 0
     (entry,) = rounds(at / "run")
     assert entry["kept"] > 0
     assert entry["held_out_after"] < entry["held_out_before"]
@@ -166,14 +166,14 @@ def test_the_first_of_the_best_is_kept() -> None:
     ("more", "message"),
     [
         (["--score", "beauty"], "the fitness 'beauty' is neither known nor of the form module:function"),
-        (["--score", "scores:fails"], "the fitness scores:fails raised ValueError: on purpose"),
+        (["--score", "sum_scores:fails"], "the fitness sum_scores:fails raised ValueError: on purpose"),
         (["--max_tokens", "15"], "exceed the model's max_len 16"),
         (["--val_fraction", "0.001"], "--val_fraction 0.001 of 36 rows is none: nothing decides"),
         (["--samples", "0"], "--samples is 0; it has to be at least 1"),
         (["--out", "model"], "--out model is the --model, which stays as it is"),
         (["--out", "other"], "other holds something else; choose another --out"),
         (["--model", "nowhere"], "no model folder at nowhere"),
-        (["--data", "scores.py"], "scores.py"),
+        (["--data", "sum_scores.py"], "sum_scores.py"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(
@@ -186,8 +186,8 @@ def test_what_cannot_be_meant_is_one_line(
 
 
 def test_answers_without_a_score_teach_nothing(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert improved(at / "run", "--score", "scores:nan", "--rounds", "1") == 0
+    assert improved(at / "run", "--score", "sum_scores:nan", "--rounds", "1") == 0
     (entry,) = rounds(at / "run")
     assert (entry["kept"], entry["accepted"], entry["score_mean"]) == (0, False, None)
     assert "none is worth learning" in capsys.readouterr().out
-    assert files.read_json(at / "run" / "improve.json")["flags"]["score"] == "scores:nan"
+    assert files.read_json(at / "run" / "improve.json")["flags"]["score"] == "sum_scores:nan"
