@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console
+from functional_lm import console, sampling_settings
 from functional_lm import options as checking
 from functional_lm.errors import DataError, UsageError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from functional_lm.inference.requests import Request
     from functional_lm.text.tokenizer import Tokenizer
 
-OWN = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")  # of a row
+OWN = ("max_tokens", *sampling_settings.USUAL, "seed", "stop")  # of a row
 
 
 def read(path: str, options: GenerateFlags) -> list[tuple[dict[str, Any], GenerateFlags]]:
@@ -78,11 +78,7 @@ def asked(row: dict[str, Any], how: GenerateFlags, tokenizer: Tokenizer) -> Requ
     return Request(
         tuple(tokenizer.encode(row["prompt"])) or (tokenizer.bos_id,),
         how.max_tokens,
-        how.temperature,
-        how.top_k,
-        how.top_p,
-        how.min_p,
-        how.repetition_penalty,
+        **{name: getattr(how, name) for name in sampling_settings.USUAL},
         seed=how.seed,
         stop_ids=(tokenizer.eos_id,),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
+from typing import Any
 
-from functional_lm import console
+from functional_lm import console, sampling_settings
 from functional_lm.cli import Command, main_single
 from functional_lm.generate import DTYPES, opened
 from functional_lm.options import REQUIRED, option
@@ -20,9 +22,16 @@ class ChatFlags:
     any_base: bool = option(False, "use an adapter that was trained on another base all the same")
     system: str | None = option(None, "what the model is told before the conversation")
     max_tokens: int = option(200, "longest answer", low=1, aliases=("max_new_tokens",))
-    temperature: float = option(0.8, "0: always the likeliest token", low=0, group="Sampling")
-    top_k: int = option(0, "draw from the k likeliest tokens; 0: off", low=0, group="Sampling")
-    top_p: float = option(1.0, "draw from the likeliest tokens that hold this mass", above=0, high=1, group="Sampling")
+    temperature: float | None = option(
+        None, "0: always the likeliest token; the model's own (generation_config.json), or 0.8", low=0, group="Sampling"
+    )
+    top_k: int | None = option(
+        None, "draw from the k likeliest tokens; the model's own, or 0, which is off", low=0, group="Sampling"
+    )
+    top_p: float | None = option(
+        None, "draw from the likeliest tokens that hold this mass; the model's own, or 1", above=0, high=1,
+        group="Sampling",
+    )  # fmt: skip
     seed: int = option(0, "seed of the draws", low=0, group="Sampling")
     dtype: str = option("auto", "precision of weights and cache", choices=DTYPES, group="Machine")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), group="Machine")
@@ -38,13 +47,14 @@ def run(options: ChatFlags) -> int:
     from functional_lm.inference.generate import GenerateOptions, decoder, generate
     from functional_lm.text import chat, conversations
 
+    settings: dict[str, Any] = sampling_settings.resolved(options, options.model)
     weights, config, tokenizer, compile = opened(options)
     conversations.require_markers(tokenizer, options.model)
-    how = GenerateOptions(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
+    how = GenerateOptions(options.max_tokens, seed=options.seed, stop_ids=chat.stops(tokenizer), **settings)
     run = decoder(config, compile, how.truncates)
     if compile:
         with console.announced("compiling", file=sys.stderr):
-            list(generate(weights, [tokenizer.bos_id], run, GenerateOptions(2, options.temperature)))
+            list(generate(weights, [tokenizer.bos_id], run, dataclasses.replace(how, max_tokens=2)))
     asks = "user: " if sys.stdin.isatty() else ""
     turns = [chat.turn("system", options.system)] if options.system else []
     room = max(config.max_len - options.max_tokens, config.max_len // 2)
@@ -63,9 +73,7 @@ def run(options: ChatFlags) -> int:
             continue
         if len(kept) < len(turns) + 1:
             console.note("the conversation is longer than the model's context: its beginning is forgotten")
-        mine = GenerateOptions(
-            how.max_tokens, how.temperature, how.top_k, how.top_p, how.seed + len(turns), chat.stops(tokenizer)
-        )
+        mine = dataclasses.replace(how, seed=how.seed + len(turns))
         answer = []
         for piece in text.stream(weights, run, tokenizer, chat.prompt(tokenizer, kept), mine):
             answer.append(piece)

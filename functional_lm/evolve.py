@@ -51,6 +51,7 @@ def run(options: EvolveFlags) -> int:
             return _evolve(_on_this_machine(options), found, out, group)
         if options.overwrite:
             read = [("model", options.model), ("adapter", options.adapter), *(("data", path) for path in found.files)]
+            read += [("base", options.base), *(("models", path) for path in options.models)]
             run_folder.check_overwrite(out, read)
         with run_folder.held(out):
             return _evolve(_on_this_machine(options), found, out, group)
@@ -73,7 +74,7 @@ def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int
     if journal is None:
         journal = _begin(options, evolution, task, out, group)
     else:
-        _check_base(journal, evolution, str(options.model))
+        _check_base(journal, evolution, evolve_flags.origin(options))
         _check_data(journal, task)
         _say_changes(journal, task)
         state = loop.resumed(evolution.strategy, state, journal, out, task.advance)
@@ -308,7 +309,7 @@ def _replay(options: EvolveFlags) -> int:
     if began.compile != flags["compile"]:
         console.say("the journal's run was compiled and this machine cannot: the last bits may differ")
     evolution = evolution_of(began)
-    _check_base(journal, evolution, str(began.model))
+    _check_base(journal, evolution, evolve_flags.origin(began))
     if journal.cut:
         console.say(f"the last line of {journal.path} was cut off and is left out")
     state = evolution.strategy.init(keys.fold_in_name(key_of(began), "evolution"), evolution.space.start)
@@ -374,6 +375,7 @@ COMMAND = Command(
         "examples:\n"
         "  evolve --model runs/train --data text.txt --strategy eggroll --population 64\n"
         "  evolve --model runs/train --data questions.jsonl --fitness exact --max_tokens 8\n"
+        "  evolve --space merge --models runs/a,runs/b --data text.txt --strategy cma-es --sigma 0.2\n"
         "  evolve replay runs/evolve/journal.jsonl --out rebuilt"
     ),
 )

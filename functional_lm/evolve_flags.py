@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from functional_lm.errors import UsageError
+from functional_lm.merge import METHODS
 from functional_lm.options import option
 from functional_lm.prepare import SOURCES
+from functional_lm.sampling_settings import USUAL
 from functional_lm.training_flags import DEVICES, OPTIMIZERS
 
 # Names of what `evolution/` has; a test holds them equal.
@@ -19,7 +21,7 @@ BASES = ("rand", "best", "current-to-best")
 RESTARTING = ("cma-es", "sep-cma-es")
 RESTARTS = ("none", "ipop", "bipop")
 ANTITHETIC = ("openai-es", "eggroll")
-SPACES = ("full", "lora", "hyper")
+SPACES = ("full", "lora", "merge", "decode", "hyper")
 TUNING = ("pbt", "snes", "xnes", "cma-es", "sep-cma-es")  # strategies of space hyper
 TUNED = ("learning_rate", "weight_decay", "beta1", "beta2", "momentum", "grad_clip")
 MEASURED = ("loss", "bits", "accuracy")
@@ -34,6 +36,7 @@ FIXED = (
     "seed", "compile", "tuned", "steps", "spread", "exploit", "perturb", "resample", "fresh",
     "restarts", "de_base", "de_weight", "de_crossover", "inertia", "cognitive", "social",
     "descriptor", "bins", "ranges", "line", "batches",
+    "models", "method", "groups", "base", "density", "settings",
 )  # fmt: skip
 
 
@@ -65,6 +68,24 @@ class EvolveFlags:
         ("all-linear",), "what it adapts: ends of paths, globs over paths, or all-linear", group="Space"
     )
     adapter: str | None = option(None, "adapter folder to begin with", group="Space")
+    models: tuple[str, ...] = option(
+        (),
+        "model folders (or adapter folders of --base) to merge, of space merge",
+        group="Space",
+        metavar="DIR,DIR,...",
+    )
+    method: str = option("linear", "how they are merged, as in merge", choices=METHODS, group="Space")
+    groups: str = option(
+        "*", "leaves with coefficients of their own: globs, or layers", group="Space", metavar="'GLOB;GLOB'"
+    )
+    base: str | None = option(None, "model folder that the models came from, for differences", group="Space")
+    density: float | None = option(
+        None, "share of each difference to begin with; 0.2 of ties, 0.5 of dare", above=0, high=1, group="Space"
+    )
+    settings: tuple[str, ...] = option(
+        tuple(USUAL), "what of sampling is evolved, of space decode", choices=tuple(USUAL), group="Space",
+        metavar="NAME,NAME,...",
+    )  # fmt: skip
     strategy: str = option("eggroll", "how it is evolved", choices=STRATEGIES, group="Strategy")
     population: int = option(64, "members of a generation", low=1, group="Strategy")
     sigma: float = option(0.02, "standard deviation of the noise on each number", above=0, group="Strategy")
@@ -158,9 +179,11 @@ def check(flags: EvolveFlags) -> None:
         if flags.journal is None:
             raise UsageError("evolve replay needs the journal: evolve replay RUN/journal.jsonl --out DIR")
         return
-    for name in ("model", "data"):
+    for name in ("data",) if flags.space == "merge" else ("model", "data"):
         if getattr(flags, name) is None:
             raise UsageError(f"--{name} is required")
+    _check_merge(flags)
+    _check_decode(flags)
     paired = flags.strategy == "mezo" or (flags.strategy in ANTITHETIC and flags.antithetic)
     if flags.population < 2 or (paired and flags.population % 2):
         what = "odd; antithetic pairs need an even one, or --antithetic false" if flags.population > 1 else "too small"
@@ -172,7 +195,8 @@ def check(flags: EvolveFlags) -> None:
     if flags.space != "lora" and flags.adapter is not None:
         raise UsageError(f"--adapter is evolved in --space lora, not in {flags.space}")
     if flags.space != "full" and flags.leaves != ("*",):
-        raise UsageError(f"--leaves chooses in --space full; {flags.space} has --targets")
+        other = {"lora": "--targets", "merge": "--groups"}.get(flags.space, "none")
+        raise UsageError(f"--leaves chooses in --space full; {flags.space} has {other}")
     _check_hyper(flags)
     if flags.noise == "regenerated" and flags.strategy not in ESTIMATING:
         raise UsageError(f"--noise regenerated is for {' and '.join(ESTIMATING)}; {flags.strategy} stores its members")
@@ -183,6 +207,37 @@ def check(flags: EvolveFlags) -> None:
     if flags.chunk_size != "auto" and not (flags.chunk_size.isdecimal() and int(flags.chunk_size) > 0):
         raise UsageError(f"--chunk_size is {flags.chunk_size!r}; it is auto or a whole number above 0")
     _check_figures(flags)
+
+
+def _check_merge(flags: EvolveFlags) -> None:
+    if flags.space == "merge":
+        if flags.model is not None:
+            raise UsageError("--space merge takes --models A,B and no --model")
+        if not flags.models:
+            raise UsageError("--space merge needs --models A,B: the folders to merge")
+        return
+    for name, usual in (("models", ()), ("method", "linear"), ("groups", "*"), ("base", None), ("density", None)):
+        if getattr(flags, name) != usual:
+            raise UsageError(f"--{name} belongs to --space merge, not to {flags.space}")
+
+
+def _check_decode(flags: EvolveFlags) -> None:
+    if flags.space != "decode":
+        if flags.settings != tuple(USUAL):
+            raise UsageError(f"--settings belongs to --space decode, not to {flags.space}")
+        return
+    if not all(map(answers, figures(flags))):
+        raise UsageError(f"--space decode changes answers alone; --fitness is {flags.fitness}: give exact or "
+                         "module:function")  # fmt: skip
+    if flags.temperature:
+        raise UsageError("--temperature is evolved in --space decode; it begins at the model's own")
+    if not flags.settings or len(set(flags.settings)) < len(flags.settings):
+        raise UsageError(f"--settings is {','.join(flags.settings) or 'empty'}; name each setting once")
+
+
+def origin(flags: EvolveFlags) -> str:
+    """What is evolved, by its folders."""
+    return str(flags.model) if flags.model is not None else ", ".join(flags.models)
 
 
 def _check_hyper(flags: EvolveFlags) -> None:

@@ -81,7 +81,7 @@ def _card(options: EvolveFlags, summary: Mapping[str, Any], out: Path, use: str)
     shown = {**summary, **{f"held out, {name}": value for name, value in summary["held_out"].items()}}
     rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items() if not isinstance(value, dict | list))
     return (
-        f"# {out.name}\n\nEvolved with functional_lm from `{options.model}` by {options.strategy} on "
+        f"# {out.name}\n\nEvolved with functional_lm from `{evolve_flags.origin(options)}` by {options.strategy} on "
         f"`{options.data}`.\n\n"
         f"| | |\n|---|---|\n{rows}\n\n![fitness](fitness.png)\n\n    {use}\n\n"
         "All flags of the run are in `run.json`, every generation in `journal.jsonl`, which rebuilds the weights:\n"

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from functional_lm.tree import Tree
 
 
+GENERATE = "python -m functional_lm.generate --model"
+
+
 def no_facts(journal: Journal, kept: str, leaves: Tree) -> Mapping[str, Any]:
     return {}
 
@@ -46,12 +49,13 @@ def key_of(options: EvolveFlags) -> Tensor:
 
 
 def evolution_of(options: EvolveFlags) -> Evolution:
-    from functional_lm import folder, tree
+    from functional_lm import evolve_spaces, folder, tree
 
+    if options.space in evolve_spaces.SPACES:
+        return evolve_spaces.SPACES[options.space](options)
     assert options.model is not None
     model = folder.load(options.model, options.device, quantized=options.space == "lora")
     digest = tree.digest(model.params)
-    generate = "python -m functional_lm.generate --model"
     if options.space == "lora":
         space, write = _adapter(options, model, digest)
         return Evolution(
@@ -60,13 +64,13 @@ def evolution_of(options: EvolveFlags) -> Evolution:
             strategy_of(options, space.start),
             digest,
             write,
-            f"{generate} {options.model} --adapter",
+            f"{GENERATE} {options.model} --adapter",
             "adapter",
         )
     if options.space == "hyper":
         from functional_lm import evolve_hyper
 
-        return evolve_hyper.evolution_of(options, model, digest, generate)
+        return evolve_hyper.evolution_of(options, model, digest, GENERATE)
     from functional_lm.evolution import spaces
 
     space = spaces.full(model.params, options.leaves)
@@ -74,7 +78,7 @@ def evolution_of(options: EvolveFlags) -> Evolution:
     def write_model(path: Path, leaves: Tree) -> None:
         folder.save(path, space.whole(space.base, leaves), model.config, model.tokenizer)
 
-    return Evolution(model, space, strategy_of(options, space.start), digest, write_model, generate, "model")
+    return Evolution(model, space, strategy_of(options, space.start), digest, write_model, GENERATE, "model")
 
 
 def _adapter(options: EvolveFlags, model: Model, digest: str) -> tuple[Space, Callable[[Path, Tree], None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -190,7 +191,8 @@ def _answered(
     tokens = options.batch_size * (asked.length + options.max_tokens)
     part = divide(tokens)
     how = answers.Answering(options.max_tokens, asked.stops, options.temperature, part.size, options.compile, part)
-    answer = answers.answerer(evolution.strategy, evolution.space, model.config, how, dtype)
+    answerer = _answerer(options)
+    answer = answerer(evolution.strategy, evolution.space, model.config, how, dtype)
     draws = keys.fold_in_name(key_of(options), "answers")
 
     def scored(found: Tensor, rows: list[Any]) -> Tensor:
@@ -205,7 +207,7 @@ def _answered(
 
     single = unmoved()
     eager = dataclasses.replace(how, compile=False, chunk=None, part=None)
-    alone = answers.answerer(single, evolution.space, model.config, eager, dtype)
+    alone = answerer(single, evolution.space, model.config, eager, dtype)
 
     def held_out(leaves: Tree) -> float:
         rows = asked.validation[: options.eval_batches * options.batch_size]
@@ -219,6 +221,18 @@ def _answered(
 
 def _is_read(name: str) -> bool:
     return not evolve_flags.answers(name)
+
+
+def _answerer(options: EvolveFlags) -> Callable[..., Any]:
+    """What writes the answers: models that differ, or one model whose settings differ."""
+    from functional_lm import sampling_settings
+    from functional_lm.evolution import answers, decoding
+
+    if options.space != "decode":
+        return answers.answerer
+    assert options.model is not None
+    began = sampling_settings.resolved(None, options.model)
+    return partial(decoding.answerer, settings=began, names=options.settings)
 
 
 def _wrap(options: EvolveFlags) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -236,6 +250,6 @@ def chunk_of(options: EvolveFlags, evolution: Evolution, tokens: int) -> int:
     if options.chunk_size != "auto":
         return int(options.chunk_size)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    own = 4 * own_numbers(options, evolution.space.start)
+    own = 4 * (own_numbers(options, evolution.space.start) + evolution.space.makes)
     each = population.member_bytes(evolution.model.config, tokens, own, dtype)
     return population.automatic_chunk(options.population, each, tokens, population.free_memory(device))

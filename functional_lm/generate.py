@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm import console
 from functional_lm.cli import Command, main_single
@@ -36,13 +36,29 @@ class GenerateFlags:
     )
     slots: int = option(8, "with --prompts: texts that are written at once", low=1, high=1024)
     max_tokens: int = option(200, "longest continuation", low=1, aliases=("max_new_tokens",))
-    temperature: float = option(0.8, "0: always the likeliest token", low=0, group="Sampling")
-    top_k: int = option(0, "draw from the k likeliest tokens; 0: off", low=0, group="Sampling")
-    top_p: float = option(1.0, "draw from the likeliest tokens that hold this mass", above=0, high=1, group="Sampling")
-    min_p: float = option(
-        0.0, "draw from tokens at least so likely, as a share of the likeliest; 0: off", low=0, high=1, group="Sampling"
+    temperature: float | None = option(
+        None, "0: always the likeliest token; the model's own (generation_config.json), or 0.8", low=0, group="Sampling"
     )
-    repetition_penalty: float = option(1.0, "divides the logits of tokens seen before", above=0, group="Sampling")
+    top_k: int | None = option(
+        None, "draw from the k likeliest tokens; the model's own, or 0, which is off", low=0, group="Sampling"
+    )
+    top_p: float | None = option(
+        None, "draw from the likeliest tokens that hold this mass; the model's own, or 1", above=0, high=1,
+        group="Sampling",
+    )  # fmt: skip
+    min_p: float | None = option(
+        None, "draw from tokens at least so likely, as a share of the likeliest; the model's own, or 0", low=0, high=1,
+        group="Sampling",
+    )  # fmt: skip
+    repetition_penalty: float | None = option(
+        None, "divides the logits of tokens seen before; the model's own, or 1", above=0, group="Sampling"
+    )
+    presence_penalty: float | None = option(
+        None, "taken from the logits of tokens written before; the model's own, or 0", low=-2, high=2, group="Sampling"
+    )
+    frequency_penalty: float | None = option(
+        None, "the same for every time that it was; the model's own, or 0", low=-2, high=2, group="Sampling"
+    )
     seed: int = option(0, "seed of the draws", low=0, group="Sampling")
     stop: tuple[str, ...] = option((), "texts that end it, commas between; none of them is printed", group="Sampling")
     stream: bool = option(True, "print as it is written")
@@ -84,22 +100,21 @@ def opened(options: GenerateFlags | ChatFlags) -> Opened:
 
 def run(options: GenerateFlags) -> int:
     """Print the prompt and its continuation (a line of JSON for each of many); what it took goes to stderr."""
-    from functional_lm import batch
+    from functional_lm import batch, sampling_settings
     from functional_lm.inference import text
     from functional_lm.inference.generate import GenerateOptions, decoder, generate
 
+    settings: dict[str, Any] = sampling_settings.resolved(options, options.model)
     if options.prompts is not None:
         if options.prompt:
             raise UsageError("give either --prompt or --prompts")
-        batch.read(options.prompts, options)  # what is wrong there is said before a model is loaded
-        batch.run(options, options.prompts, opened(options))
+        resolved = dataclasses.replace(options, **settings)
+        batch.read(options.prompts, resolved)  # what is wrong there is said before a model is loaded
+        batch.run(resolved, options.prompts, opened(options))
         return 0
     weights, config, tokenizer, compile = opened(options)
     prompt = tokenizer.encode(options.prompt) or [tokenizer.bos_id]
-    how = GenerateOptions(
-        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, (tokenizer.eos_id,),
-        options.min_p, options.repetition_penalty,
-    )  # fmt: skip
+    how = GenerateOptions(options.max_tokens, seed=options.seed, stop_ids=(tokenizer.eos_id,), **settings)
     run = decoder(config, compile, how.truncates)
     if compile:
         with console.announced("compiling", file=sys.stderr):

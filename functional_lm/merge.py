@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from functional_lm.model.merge import Weights
     from functional_lm.tree import Tree
 
+# Names of what `model/merge.py` has; a test holds them equal.
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare")
 FROM_BASE = ("task_arithmetic", "ties", "dare")
 THINNED = {"ties": 0.2, "dare": 0.5}  # density where none is given: the first is the paper's
@@ -49,17 +50,12 @@ def run(options: MergeFlags) -> int:
     if not any(given):
         raise UsageError("--weights are all 0, which is no model; give one that is not")
     patterns = _patterns(options)
-    _check(options)
+    check(options)
     files.refuse_existing(options.out)
 
     from functional_lm import folder, tree
 
-    base = None if options.base is None else folder.load(options.base)
-    paths, found = [*options.models], [_load(path, base) for path in options.models]
-    if base is not None and options.method in FROM_BASE:
-        paths, found = [*paths, str(options.base)], [*found, base]
-    for path, model in zip(paths[1:], found[1:]):
-        _check_alike(paths[0], found[0], path, model)
+    found = opened(options)
     names = list(tree.flatten(found[0].params))
     for pattern in patterns:
         if not any(map(tree.matcher(pattern), names)):
@@ -78,16 +74,30 @@ def run(options: MergeFlags) -> int:
     return 0
 
 
-def _load(path: str, base: Model | None) -> Model:
+def opened(options: MergeFlags, device: str = "cpu") -> list[Model]:
+    """The models that the flags name; last the base, of methods that take differences. Raises DataError unless all are
+    of one architecture and one tokenizer."""
+    from functional_lm import folder
+
+    base = None if options.base is None else folder.load(options.base, device)
+    paths, found = [*options.models], [_load(path, base, device) for path in options.models]
+    if base is not None and options.method in FROM_BASE:
+        paths, found = [*paths, str(options.base)], [*found, base]
+    for path, model in zip(paths[1:], found[1:]):
+        _check_alike(paths[0], found[0], path, model)
+    return found
+
+
+def _load(path: str, base: Model | None, device: str) -> Model:
     """The model in a folder; of an adapter's folder, the base with it merged in."""
     from functional_lm import folder
     from functional_lm.interop.peft import load_adapter
     from functional_lm.model import lora
 
     if not _is_adapter(path):
-        return folder.load(path)
+        return folder.load(path, device)
     assert base is not None
-    return base._replace(params=lora.merge(base.params, load_adapter(path, base.params)))
+    return base._replace(params=lora.merge(base.params, load_adapter(path, base.params, device=device)))
 
 
 def _is_adapter(path: str) -> bool:
@@ -150,7 +160,8 @@ def _right(options: MergeFlags, values: tuple[float, ...], where: str) -> tuple[
     return values
 
 
-def _check(options: MergeFlags) -> None:
+def check(options: MergeFlags) -> None:
+    """What the flags say against each other, and folders that are not there. Raises UsageError, DataError."""
     adapters = [path for path in options.models if _is_adapter(path)]
     if adapters and options.base is None:
         raise UsageError(f"{adapters[0]} is an adapter; give the model it was trained on as --base")

@@ -80,8 +80,11 @@ def check(settings: Any) -> None:
     hints = get_type_hints(type(settings))
     for about in dataclasses.fields(settings):
         value, kind = getattr(settings, about.name), hints[about.name]
-        if kind not in NOUNS:  # tuples and optional values are checked by who reads them
-            assert get_args(kind), f"{about.name} has a type that no file or flag can give"
+        inner = get_args(kind)
+        if len(inner) == 2 and inner[1] is type(None) and inner[0] in NOUNS and value is not None:
+            kind = inner[0]
+        if kind not in NOUNS:  # tuples are checked by who reads them
+            assert inner, f"{about.name} has a type that no file or flag can give"
             continue
         accepted = (int, float) if kind is float else kind
         right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))

@@ -100,7 +100,7 @@ def load(flags: ServeFlags, door: Door | None = None) -> Service:
     """The model in an engine that has compiled; `door` says which phase it is."""
 
     from functional_lm import compile as compiling
-    from functional_lm import folder, kernels, tree
+    from functional_lm import folder, kernels, sampling_settings, tree
     from functional_lm.inference.engine import Engine
     from functional_lm.interop import peft
     from functional_lm.model.compute import decoding_copy
@@ -118,6 +118,7 @@ def load(flags: ServeFlags, door: Door | None = None) -> Service:
     names = _names(flags)
     with phase(f"loading {flags.model}"):
         params, config, tokenizer = folder.load(flags.model, device, quantized=True)
+        settings = sampling_settings.of_folder(flags.model)
         adapters = [peft.load_adapter(path, params, flags.any_base, device) for path in list(names.values())[1:]]
         bank = _bank(flags, params, adapters)
         bank = tree.map(lambda leaf: leaf.to(dtype) if leaf.dim() > 1 else leaf, bank)
@@ -147,6 +148,7 @@ def load(flags: ServeFlags, door: Door | None = None) -> Service:
     )
     engine.start(lambda name: phase(f"compiling {name}", quiet=not compile))
     service = Service(engine, tokenizer, tuple(names), flags.api_key, flags.seconds, flags.body_bytes)
+    service.settings = settings
     service.max_tokens, service.origins = flags.max_tokens, flags.cors
     if flags.adapter_folder is not None:
         digest = None if flags.any_base else tree.digest(params)

@@ -21,7 +21,7 @@ from functional_lm import compile as compiling
 from functional_lm import keys, tree
 from functional_lm.compile import compiled
 from functional_lm.errors import DataError, UsageError
-from functional_lm.evolution import answers, eggroll, fitness, genetic, gradient, openai, population, spaces
+from functional_lm.evolution import answers, eggroll, fitness, genetic, gradient, merging, openai, population, spaces
 from functional_lm.evolution.spaces import Space
 from functional_lm.evolution.strategy import Strategy
 from functional_lm.inference import generate
@@ -48,7 +48,7 @@ def space(name: str, config: ModelConfig, seed: int) -> Space:
     if name == "lora":
         return spaces.adapter(params, lora.init(params, "all-linear", 3, keys.key(seed)))
     if name == "merge":
-        return spaces.merged([params, weights(config, seed + 1)], ["*", "*mlp*"])
+        return merging.merged([params, weights(config, seed + 1)], ["*", "*mlp*"])
     return spaces.full(params, ["*"] if name == "full" else ["*.mlp.*", "model.norm.*"])
 
 
@@ -107,7 +107,7 @@ def test_fitness_is_what_it_says() -> None:
 def test_a_merge_is_that_of_the_command() -> None:
     within = space("merge", CONFIG, 0)
     models = [within.base["0"], within.base["1"]]
-    shares = {"0": {"share": torch.tensor([0.2, 0.9])}, "1": {"share": torch.tensor([1.0, 0.0])}}
+    shares = {"0": {"weight": torch.tensor([0.2, 0.9])}, "1": {"weight": torch.tensor([1.0, 0.0])}}
     wanted = merge.linear(models, {"*": torch.tensor([0.2, 0.9]), "*mlp*": torch.tensor([1.0, 0.0])})
     assert tree.digest(within.whole(within.base, shares)) == tree.digest(wanted)
     evolved = strategy("openai-es")

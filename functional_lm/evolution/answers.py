@@ -88,13 +88,20 @@ def answerer(
     prepare = preparation(strategy, space, dtype)
     mine = share(strategy.population, how.chunk) if how.part is None else how.part
 
+    def member(frozen: Tree, shared: Tree, own: Tree) -> Tree:
+        leaves = strategy.member(shared, own)
+        return space.model(frozen, leaves, dtype) if space.makes else leaves
+
+    def model_of(frozen: Tree, own: Tree) -> Tree:
+        return own if space.makes else space.model(frozen, own, dtype)
+
     def fill(
         cache: Tree, frozen: Tree, own: Tree, prompts: Prompts, row_keys: Tensor, drawn: Tensor
     ) -> tuple[Tree, Tensor]:
         start = torch.zeros_like(prompts.last)
 
         def one(cache: Tree, own: Tree) -> tuple[Tree, Tensor]:
-            model = space.model(frozen, own, dtype)
+            model = model_of(frozen, own)
             cache, logits = prefill(model, cache, prompts.tokens, start, prompts.last, config)
             return cache, choose(logits, row_keys, drawn, how.temperature)
 
@@ -104,14 +111,14 @@ def answerer(
         state: tuple[Tree, Tensor], frozen: Tree, own: Tree, at: Tensor, row_keys: Tensor, drawn: Tensor
     ) -> tuple[tuple[Tree, Tensor], Tensor]:
         def one(cache: Tree, own: Tree, tokens: Tensor) -> tuple[Tree, Tensor]:
-            model = space.model(frozen, own, dtype)
+            model = model_of(frozen, own)
             cache, logits = forward_cached(model, cache, tokens[:, None], at, config)
             return cache, choose(logits[:, -1], row_keys, drawn, how.temperature)
 
         cache, tokens = torch.vmap(one)(state[0], own, state[1])
         return (cache, tokens), tokens
 
-    leaves = compiled(torch.vmap(strategy.member, (None, 0)), enabled=how.compile)
+    leaves = compiled(torch.vmap(member, (None, None, 0)), enabled=how.compile)
     read = compiled(fill, donate=True, enabled=how.compile)
     decode = compiled(step, donate=True, enabled=how.compile)
 
@@ -122,14 +129,14 @@ def answerer(
         row_keys = keys.split(key, rows)
         cache, tokens = read(cache, frozen, own, prompts, row_keys, torch.tensor(0, device=device))
         state = (cache, tokens.clone())
-        written, ended = [tokens], _stops(tokens, how.stops)
+        written, ended = [tokens], stopped(tokens, how.stops)
         for number in range(1, how.tokens):
             if bool(ended.all()):
                 break
             at, drawn = prompts.last + number, torch.tensor(number, device=device)
             state, tokens = decode(state, frozen, own, at, row_keys, drawn)
             written.append(tokens)
-            ended |= _stops(tokens, how.stops)
+            ended |= stopped(tokens, how.stops)
         written += [torch.full_like(tokens, how.stops[0] if how.stops else 0)] * (how.tokens - len(written))
         return torch.stack(written, -1)
 
@@ -137,13 +144,14 @@ def answerer(
         with torch.no_grad():
             frozen, shared = prepare(candidates)
             parts = chunks(candidates.own, strategy.population, mine)
-            found = [write(frozen, leaves(shared, own), prompts, key) for own in parts]
+            found = [write(frozen, leaves(frozen, shared, own), prompts, key) for own in parts]
         return torch.cat(found)[: members(strategy.population, mine)]
 
     return answer
 
 
-def _stops(tokens: Tensor, stops: Sequence[int]) -> Tensor:
+def stopped(tokens: Tensor, stops: Sequence[int]) -> Tensor:
+    """Where one of the stops has been written."""
     ended = torch.zeros_like(tokens, dtype=torch.bool)
     for stop in stops:
         ended |= tokens == stop
@@ -198,18 +206,24 @@ def named(name: str) -> Score:
     return score
 
 
+def values_of(answers: Sequence[str], rows: Sequence[Row], score: Score, name: str) -> list[float]:
+    """The score of each answer. Raises DataError where the function raises or returns something else."""
+    try:
+        values = [float(value) for value in score(list(answers), list(rows))]
+    except (TimeoutError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise DataError(f"the fitness {name} raised {type(error).__name__}: {error}") from error
+    if len(values) != len(rows):
+        raise DataError(f"the fitness {name} returned {len(values)} numbers for {len(rows)} answers; one for each")
+    return values
+
+
 def scored(members: Sequence[Sequence[str]], rows: Sequence[Row], score: Score, name: str) -> Float[Tensor, "P"]:
-    """The mean score of each member's answers. Raises DataError where the function raises or returns something else."""
+    """The mean score of each member's answers. Raises DataError as `values_of` does."""
     means = []
     for answers in members:
-        try:
-            values = [float(value) for value in score(list(answers), list(rows))]
-        except (TimeoutError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            raise DataError(f"the fitness {name} raised {type(error).__name__}: {error}") from error
-        if len(values) != len(rows):
-            raise DataError(f"the fitness {name} returned {len(values)} numbers for {len(rows)} answers; one for each")
+        values = values_of(answers, rows, score, name)
         means.append(math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan)
     return torch.tensor(means)
 

@@ -5,20 +5,19 @@
     model  = space.model(frozen, leaves, dtype)                  inside the forward: one member in front of it
     whole  = space.whole(space.base, leaves)                     plain parameters, to be measured alone and kept
 
-Axes: M models of a merge.
+Merges are in `merging.py`, settings of decoding in `decoding.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from functional_lm import tree
 from functional_lm.errors import UsageError
-from functional_lm.model import lora, merge
+from functional_lm.model import lora
 from functional_lm.model.compute import ADDED, FUSIONS, compute_copy
 from functional_lm.tree import Tree
 
@@ -26,7 +25,11 @@ FUSED_PARTS = tuple(part for _, parts in FUSIONS.values() for part in parts)
 
 
 class Space(NamedTuple):
-    """`start` is evolved, `base` is the rest; the functions are pure."""
+    """`start` is evolved, `base` is the rest; the functions are pure.
+
+    `makes` counts the numbers that `model` makes for each member, where it makes a whole model: memory, and work that
+    is done once for all tokens of a member's answers.
+    """
 
     name: str
     start: Tree
@@ -34,6 +37,7 @@ class Space(NamedTuple):
     freeze: Callable[[Tree, Tree, Iterable[str], torch.dtype], Tree]
     model: Callable[[Tree, Tree, torch.dtype], Tree]
     whole: Callable[[Tree, Tree], Tree]
+    makes: int = 0
 
 
 def full(params: Tree, patterns: Sequence[str] = ("*",)) -> Space:
@@ -51,29 +55,6 @@ def adapter(params: Tree, start: Tree) -> Space:
     """The factors (and magnitudes) of an adapter of `params`, beside the weights, which stay."""
     trained, constant = lora.split(start)
     return Space("lora", trained, lora.attach(params, constant), freeze, in_front, tree.overlay)
-
-
-def merged(models: Sequence[Tree], groups: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Space:
-    """The shares of M models, one set for each group of leaves (globs; the last one that matches a leaf counts).
-
-    A candidate holds a vector [M] for each group; the model is Σ wₘ θₘ (`merge.linear`). They begin at equal shares.
-    """
-    count = len(models)
-    shares = {str(i): {"share": torch.full((count,), 1 / count)} for i in range(len(groups))}
-    if weights is not None:
-        shares = {str(i): {"share": weights[group].float()} for i, group in enumerate(groups)}
-
-    def whole(base: Tree, leaves: Tree) -> Tree:
-        by_pattern = {group: leaves[str(i)]["share"] for i, group in enumerate(groups)}
-        return merge.linear([base[str(m)] for m in range(count)], by_pattern)
-
-    def freeze_models(base: Tree, fixed: Tree, names: Iterable[str], dtype: torch.dtype) -> Tree:
-        return base
-
-    def model(frozen: Tree, leaves: Tree, dtype: torch.dtype) -> Tree:
-        return compute_copy(whole(frozen, leaves), dtype)
-
-    return Space("merge", shares, {str(m): one for m, one in enumerate(models)}, freeze_models, model, whole)
 
 
 # Leaves in front of a base --------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def unravel(vectors: Float[Tensor, "*P D"], like: Tree) -> Tree:
     """The trees of vectors, in the shapes and dtypes of `like`."""
     leaves = tree.leaves(like)
     parts = iter(vectors.split([leaf.numel() for leaf in leaves], dim=-1))
-    return tree.map(lambda leaf: next(parts).reshape(*vectors.shape[:-1], *leaf.shape).to(leaf.dtype), like)
+    return tree.map(lambda leaf: next(parts).reshape((*vectors.shape[:-1], *leaf.shape)).to(leaf.dtype), like)
 
 
 def over_vectors(

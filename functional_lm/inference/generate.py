@@ -172,7 +172,8 @@ def _decode(
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How to continue a text. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off."""
+    """How to continue a text. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off, and
+    so are the other penalties at 0."""
 
     max_tokens: int = 200
     temperature: float = 0.8
@@ -182,11 +183,14 @@ class GenerateOptions:
     stop_ids: tuple[int, ...] = ()
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @property
     def penalizes(self) -> bool:
         """Whether a slot has to remember what it has seen (or to compare with the likeliest)."""
-        return self.min_p > 0 or self.repetition_penalty != 1
+        off = (0.0, 1.0, 0.0, 0.0)
+        return (self.min_p, self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != off
 
     @property
     def truncates(self) -> bool:
@@ -283,6 +287,8 @@ def _penalties(prompt: list[int], vocab_size: int, options: GenerateOptions, dev
     return none._replace(
         min_p=none.min_p + options.min_p,
         repetition=none.repetition * options.repetition_penalty,
+        presence=none.presence + options.presence_penalty,
+        frequency=none.frequency + options.frequency_penalty,
         prompted=none.prompted.index_put((torch.zeros_like(seen), seen), torch.ones((), dtype=torch.bool)),
     )
 

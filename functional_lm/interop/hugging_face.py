@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_lm import files, folder, tree
+from functional_lm import files, folder, sampling_settings, tree
 from functional_lm.errors import DataError
 from functional_lm.folder import Model
 from functional_lm.interop.layouts import Layout, canonical, layouts
@@ -55,6 +55,7 @@ def import_folder(source: str | Path, out: str | Path) -> ModelConfig:
     with files.writing_folder(out) as temporary:
         tree.save_each(temporary / "model.safetensors", found.described, found.read)
         folder.save_description(temporary, found.config, found.tokenizer, _dtype(found.described))
+        sampling_settings.carry(source, temporary)
     return found.config
 
 
@@ -80,6 +81,7 @@ def export(source: str | Path, out: str | Path, family: str | None = None) -> st
     with files.writing_folder(out) as temporary:
         tree.save_each(temporary / "model.safetensors", described, joined)
         folder.save_description(temporary, found.config, found.tokenizer, _dtype(described), name)
+        sampling_settings.carry(source, temporary)
     return name
 
 

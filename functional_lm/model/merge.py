@@ -1,8 +1,9 @@
 """Models as arithmetic on trees: soups, paths between models, and differences from a common base.
 
 Every function is pure, computes in float32 and returns the first model's (the base's) dtypes. Weights are tensors
-`[M]`, one number for each model, or a mapping from name patterns to such tensors (the last pattern that matches a leaf
-counts), so that they can be mapped, differentiated and evolved: `vmap(lambda w: linear(models, w))(w)` is a population.
+`[M]`, one number for each model, a mapping from name patterns to such tensors (the last pattern that matches a leaf
+counts), or a function from a leaf's name to one, so that they can be mapped, differentiated and evolved:
+`vmap(lambda w: linear(models, w))(w)` is a population.
 No branch depends on their values.
 
 Axes: M models, N numbers of a whole model.
@@ -11,6 +12,7 @@ Axes: M models, N numbers of a whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,7 +22,11 @@ from functional_lm import keys, tree
 from functional_lm.model.norm import wide
 from functional_lm.tree import Tree
 
-Weights = Tensor | Mapping[str, Tensor]
+METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare")
+FROM_BASE = METHODS[2:]
+THINNED = {"ties": 0.2, "dare": 0.5}  # density where none is given: the first is the paper's
+
+Weights = Tensor | Mapping[str, Tensor] | Callable[[str], Tensor]
 Mixture = Callable[[Float[Tensor, " M"], list[Tensor]], Tensor]
 
 
@@ -34,6 +40,9 @@ def slerp(first: Tree, second: Tree, weights: Weights) -> Tree:
 
     The place on the arc is w₂ / (w₁ + w₂): weights (1, 0) and (0, 1) give the ends. Leaves that are parallel or
     opposite have no arc of their own, and are interpolated on the line.
+
+    mergekit's `slerp` is the same but that it takes the line already where |cosine| > 0.9995, here where the sine is
+    below 1e-3: between the two the arc is at most 1e-3 of the leaf's length away from its line.
     """
     return _leafwise((first, second), weights, _on_arc)
 
@@ -50,15 +59,37 @@ def task_arithmetic(base: Tree, models: Sequence[Tree], weights: Weights) -> Tre
     return _leafwise((base, *models), weights, mix)
 
 
+class Differences(NamedTuple):
+    """θₘ - θ₀ of M models, and the magnitudes in each from the least to the largest, with infinity [N + 1] behind them:
+    what TIES needs to know of the models, whatever the weights and the density are."""
+
+    trees: list[Tree]
+    sizes: list[Tensor]
+
+
+def differences(base: Tree, models: Sequence[Tree]) -> Differences:
+    """What lies between each model and the base, float32."""
+    trees = [_difference(model, base) for model in models]
+    return Differences(trees, [_sizes(difference) for difference in trees])
+
+
 def ties(base: Tree, models: Sequence[Tree], weights: Weights, density: float | Float[Tensor, ""] = 0.2) -> Tree:
     """θ₀ plus the differences trimmed, with elected signs, merged disjointly (TIES, arXiv 2306.01708, algorithm 1).
 
     Of each difference the `density` share of largest magnitude is kept (over the whole model; equals at the border
     stay) and multiplied by its weight: equal weights are the paper's λ. The sign with the larger sum is elected for
     each number, and those of that sign are averaged.
+
+    Where mergekit's `ties` differs: it trims each tensor by itself and keeps ⌊density n⌋ numbers of it; it divides what
+    agrees by its weights' sum, not by its count, so that there equal weights of any size are weights of 1 here; where
+    the sum is exactly 0 it elects the positive sign, and here nothing is added.
     """
-    differences = [_difference(model, base) for model in models]
-    borders = [_border(difference, density) for difference in differences]
+    return ties_of(base, differences(base, models), weights, density)
+
+
+def ties_of(base: Tree, between: Differences, weights: Weights, density: float | Float[Tensor, ""] = 0.2) -> Tree:
+    """`ties` with the differences at hand: a population of weights and densities shares their order."""
+    borders = [_border(sizes, density) for sizes in between.sizes]
 
     def mix(w: Tensor, leaves: list[Tensor]) -> Tensor:
         trimmed = [
@@ -69,7 +100,7 @@ def ties(base: Tree, models: Sequence[Tree], weights: Weights, density: float | 
         agreeing = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
         return leaves[0] + torch.where(agreeing, stacked, 0.0).sum(0) / agreeing.sum(0).clamp(min=1)
 
-    return _leafwise((base, *differences), weights, mix)
+    return _leafwise((base, *between.trees), weights, mix)
 
 
 def dare(
@@ -79,6 +110,8 @@ def dare(
 
     A number of a difference is kept with probability `density` (the paper's 1 - p) and divided by it, which leaves
     its expectation as it was. Model m's draws at a leaf come from the key folded with the leaf's name and with m.
+    mergekit's `dare_linear` is the same (its `normalize`, off there too, would divide by the sum of the weights); its
+    `dare_ties` elects signs as well, which the paper leaves to TIES.
     """
     rate = density if isinstance(density, Tensor) else torch.tensor(density, device=key.device)
 
@@ -111,6 +144,8 @@ def _at(weights: Weights, name: str, count: int | None = None) -> Float[Tensor, 
     """The weights of a leaf. Raises ValueError where no pattern matches it."""
     if isinstance(weights, Tensor):
         return weights
+    if callable(weights):
+        return weights(name)
     found = [value for pattern, value in weights.items() if tree.matcher(pattern)(name)]
     if not found:
         raise ValueError(f"no pattern gives weights to {name!r}; add '*'")
@@ -143,10 +178,13 @@ def _difference(model: Tree, base: Tree) -> Tree:
     return tree.map(lambda theirs, ours: wide(theirs) - wide(ours), model, base)
 
 
-def _border(difference: Tree, density: float | Tensor) -> Float[Tensor, ""]:
-    """The least magnitude among the `density` share of largest ones; infinite where that share is none."""
+def _sizes(difference: Tree) -> Float[Tensor, " N+1"]:
     sizes = torch.cat([leaf.abs().flatten() for leaf in tree.leaves(difference)]).sort().values
-    sizes = torch.cat([sizes, sizes.new_full((1,), torch.inf)])
+    return torch.cat([sizes, sizes.new_full((1,), torch.inf)])
+
+
+def _border(sizes: Float[Tensor, " N+1"], density: float | Tensor) -> Float[Tensor, ""]:
+    """The least magnitude among the `density` share of largest ones; infinite where that share is none."""
     share = density if isinstance(density, Tensor) else torch.tensor(density, dtype=torch.float64, device=sizes.device)
     kept = (share.double() * (len(sizes) - 1)).round().long().clamp(0, len(sizes) - 1)
     return sizes.gather(0, (len(sizes) - 1 - kept).view(1))[0]

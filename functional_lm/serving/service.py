@@ -8,9 +8,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from functional_lm import sampling_settings
 from functional_lm.errors import FunctionalLMError, UsageError
 from functional_lm.inference.engine import Engine, Request, TooMuch
 from functional_lm.serving import forms
@@ -50,6 +52,7 @@ class Service:
     max_tokens: int | None = None  # most that a request may ask for
     origins: Sequence[str] = ()  # whose pages may ask ("*": everybody's)
     patience: float = 60.0  # seconds without a turn of the engine after which it is not healthy
+    settings: Mapping[str, float] = field(default_factory=dict)  # how the model wants its tokens chosen
     open_adapter: Callable[[str], Tree] | None = None  # reads an adapter's folder while the server runs
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
@@ -143,21 +146,20 @@ class Service:
         return Request(
             prompt,
             max(1, min(most if max_tokens is None else max_tokens, room)),
-            form.temperature,
-            form.top_k,
-            form.top_p,
-            form.min_p,
-            form.repetition_penalty,
-            form.presence_penalty,
-            form.frequency_penalty,
-            {self._token(name): value for name, value in (form.logit_bias or {}).items()},
-            (seed + choice) % 2**63,
-            (self.tokenizer.eos_id, *ends),
-            self.seconds,
-            logprobs,
-            echo and logprobs is not None,
-            self.named(form.model),
+            **{name: self._setting(form, name) for name in sampling_settings.USUAL},
+            logit_bias={self._token(name): value for name, value in (form.logit_bias or {}).items()},
+            seed=(seed + choice) % 2**63,
+            stop_ids=(self.tokenizer.eos_id, *ends),
+            seconds=self.seconds,
+            logprobs=logprobs,
+            prompt_logprobs=echo and logprobs is not None,
+            adapter=self.named(form.model),
         )
+
+    def _setting(self, form: forms.Sampled, name: str) -> Any:
+        """What the request says, else what the model's folder says, else the form's own."""
+        asked = getattr(form, name)
+        return asked if name in form.model_fields_set else self.settings.get(name, asked)
 
     @staticmethod
     def _token(name: str) -> int:

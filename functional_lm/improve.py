@@ -1,0 +1,291 @@
+"""`python -m functional_lm improve`: rounds in which a model learns from the best of its own answers.
+
+A round samples several answers to each of some prompts, scores them, keeps the best of each prompt, fine-tunes a copy
+on those (by `finetune`, or `lora-finetune`) and puts it in the model's place only if its held-out score rises.
+Everything is asked as chats are learned. Parse, wire, print; the parts of a round are in `evolution/improvement.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from functional_lm import console, files
+from functional_lm.cli import Command, main_single
+from functional_lm.errors import DataError, UsageError
+from functional_lm.improve_asking import Asker, asker_of
+from functional_lm.improve_flags import ImproveFlags
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from functional_lm.evolution.improvement import Answer
+    from functional_lm.folder import Model
+    from functional_lm.tree import Tree
+
+LOG, RECORD = "rounds.jsonl", "improve.json"
+# What a model folder is made of; nothing else of a run is carried over.
+PARTS = (
+    "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "model.safetensors",
+)  # fmt: skip
+FREE = ("out", "rounds", "timeout", "device")  # what may change when rounds go on
+
+
+def run(options: ImproveFlags) -> int:
+    """All rounds; returns the exit code. What cannot be meant is refused before anything is written."""
+    from functional_lm import folder, run_folder, tree
+    from functional_lm.text import conversations, corpus
+
+    out, source = Path(options.out), Path(options.model)
+    if out.resolve() == source.resolve():
+        raise UsageError(f"--out {out} is the --model, which stays as it is; choose another folder")
+    found = corpus.find(options.data)
+    options = _on_this_machine(options)
+    model = folder.load(source, options.device)
+    conversations.require_markers(model.tokenizer, options.model)
+    digest = tree.digest(model.params)
+    asker = asker_of(options, model, found)
+    before = _opened(options, out, digest)
+    if before is None and (run_folder.holds_model(out) or (out.is_dir() and any(out.iterdir()))):
+        raise UsageError(f"{out} holds something else; choose another --out")
+    files.make_folder(out)
+    with files.locked(out / "lock", f"another process is improving {out}; wait for it, or choose another --out"):
+        if before is None:
+            files.write_json(out / RECORD, {"flags": _as_json(options), "digest": digest})
+        log = before or []
+        _settle(out, source, log)
+        return _rounds(options, out, model, asker, log)
+
+
+def _on_this_machine(options: ImproveFlags) -> ImproveFlags:
+    from functional_lm import compile as compiling
+
+    device = compiling.resolve_device(options.device)
+    dtype = str(compiling.resolve_dtype(options.dtype, device)).removeprefix("torch.")
+    obstacle = compiling.obstacle(device) if options.compile else None
+    if obstacle:
+        console.say(f"running without compilation, several times slower: {obstacle}")
+    least = 1.0 if options.least is None and options.score == "exact" else options.least
+    return dataclasses.replace(
+        options, device=str(device), dtype=dtype, compile=options.compile and obstacle is None, least=least
+    )
+
+
+def _as_json(options: ImproveFlags) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options)))
+    return made
+
+
+# Which rounds there are -----------------------------------------------------------------------------------------------
+
+
+def _opened(options: ImproveFlags, out: Path, digest: str) -> list[dict[str, Any]] | None:
+    """The rounds to go on from, None for a new run. A last line that was cut off is a round that is done again."""
+    if not (out / RECORD).is_file():
+        return None
+    try:
+        record = files.read_json(out / RECORD)
+        before, base = record["flags"], record["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out / RECORD} is damaged; choose another --out") from error
+    for name, now in _as_json(options).items():
+        if name not in FREE and before.get(name) != now:
+            raise UsageError(f"{out} holds other rounds (--{name} was {before.get(name)}, is {now}); choose another "
+                             "--out")  # fmt: skip
+    if base != digest:
+        raise DataError(f"{out} began with another model ({base[:12]}) than the one in {options.model} ({digest[:12]})")
+    if not (out / LOG).is_file():
+        return []
+    whole = (out / LOG).read_bytes().split(b"\n")[:-1]
+    rounds = []
+    for number, line in enumerate(whole, 1):
+        try:
+            rounds.append(json.loads(line))
+            if rounds[-1]["round"] != number:
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{out / LOG}, line {number} is not that of round {number}; choose another --out") from None
+    return rounds
+
+
+def _settle(out: Path, source: Path, log: list[dict[str, Any]]) -> None:
+    """The model in `out` is that of the last accepted round, or the one to begin with."""
+    from functional_lm import tree
+
+    last = next((entry for entry in reversed(log) if entry["accepted"]), None)
+    there = (out / "model.safetensors").is_file()
+    if last is None:
+        if not there:
+            _install(source, out)
+    elif not there or tree.digest(tree.load(out / "model.safetensors")) != last["digest"]:
+        made = _place(out, last["round"]) / "model"
+        if not (made / "model.safetensors").is_file():
+            raise DataError(f"{out} lost the model of round {last['round']}; choose another --out")
+        _install(made, out, PARTS[-1:])
+
+
+def _install(source: Path, out: Path, parts: Sequence[str] = PARTS) -> None:
+    """The parts of a model folder, byte for byte; the weights last."""
+    for name in parts:
+        if (source / name).is_file():
+            files.write_with(out / name, lambda path, name=name: shutil.copyfile(source / name, path))  # type: ignore[misc]
+
+
+def _place(out: Path, number: int) -> Path:
+    return out / "rounds" / f"{number:03d}"
+
+
+# A round --------------------------------------------------------------------------------------------------------------
+
+
+def _rounds(options: ImproveFlags, out: Path, model: Model, asker: Asker, log: list[dict[str, Any]]) -> int:
+    from functional_lm import folder
+
+    params = folder.load(out, options.device).params
+    known = log[-1]["held_out"] if log else None
+    value = asker.held_out(params) if known is None else known
+    if log:
+        console.say(f"going on with {out} from round {len(log) + 1}")
+    console.say(f"{options.score} of {len(asker.asked.validation)} held-out rows: {value:.4f}")
+    for number in range(len(log) + 1, options.rounds + 1):
+        started, place = time.perf_counter(), _place(out, number)
+        files.remove(place)
+        given = _answers(options, asker, params, number)
+        kept = _kept(options, given, place)
+        after = float("nan")
+        if kept:
+            _learn(options, out, place, number)
+            found = folder.load(place / "model", options.device).params
+            after = asker.held_out(found)
+        accepted = after > value or (after == after and value != value)
+        entry = _entry(options, number, given, kept, value, after, accepted, place, time.perf_counter() - started)
+        length = (out / LOG).read_bytes().rfind(b"\n") + 1 if (out / LOG).exists() else None
+        files.grow(out / LOG, json.dumps(entry) + "\n", length)
+        if accepted:
+            _install(place / "model", out, PARTS[-1:])
+            params, value = found, after
+        for name in ("model", "run"):
+            files.remove(place / name)
+        console.say(_said(entry, options))
+    gained = sum(1 for entry in _read(out) if entry["accepted"])
+    console.say(f"{options.rounds} rounds, {gained} accepted; the model is in {out}; go on with: "
+                f"python -m functional_lm.chat --model {out}")  # fmt: skip
+    return 0
+
+
+def _read(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / LOG).read_text(encoding="utf-8").splitlines()]
+
+
+def _answers(options: ImproveFlags, asker: Asker, params: Tree, number: int) -> list[Answer]:
+    """`samples` answers to each prompt of a round, side by side, with their scores."""
+    from functional_lm import keys
+    from functional_lm.evolution import improvement, task
+
+    chosen = task.drawn(asker.asked, number, min(options.prompts, len(asker.asked.train)), options.seed)
+    rows = [row for row in chosen for _ in range(options.samples)]
+    key = keys.fold_in(keys.fold_in_name(keys.key(options.seed, options.device), "improve"), number)
+    texts = asker.sample(params, rows, key)
+    scores = asker.rate(params, rows, texts)
+    return [improvement.Answer(*found) for found in zip(rows, texts, scores, strict=True)]
+
+
+def _kept(options: ImproveFlags, given: list[Answer], place: Path) -> list[Answer]:
+    """The best answers, written down beside all of them."""
+    from functional_lm.evolution import improvement
+
+    kept = improvement.best(given, options.samples, options.least)
+    chosen = set(map(id, kept))
+    lines = [
+        {"prompt": one.row["prompt"], "response": one.text, "score": one.score if one.score == one.score else None,
+         "kept": id(one) in chosen}
+        for one in given
+    ]  # fmt: skip
+    files.write_text(place / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    learned = [{"prompt": one.row["prompt"], "response": one.text} for one in kept]
+    files.write_text(place / "kept.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in learned))
+    return kept
+
+
+def _learn(options: ImproveFlags, out: Path, place: Path, number: int) -> None:
+    """`finetune` (or `lora-finetune`, merged) on the kept answers, into `place/model`."""
+    from functional_lm import finetune, folder
+    from functional_lm.adaptation_flags import FinetuneOptions, LoraOptions
+    from functional_lm.interop.peft import load_adapter
+    from functional_lm.model import lora
+
+    common: dict[str, Any] = {
+        "model": str(out), "data": str(place / "kept.jsonl"), "val_fraction": 0.0, "epochs": options.epochs,
+        "learning_rate": options.learning_rate, "batch_size": options.batch_size, "seed": options.seed + number,
+        "dtype": options.dtype, "device": options.device, "compile": options.compile, "eval_every": 0,
+        "save_every": 0, "sample_tokens": 0,
+    }  # fmt: skip
+    rank, said = options.lora_rank, io.StringIO()
+    with contextlib.redirect_stdout(said):  # it speaks of a folder that does not stay
+        if not rank:
+            finetune.run(FinetuneOptions(**common, out=str(place / "model")))
+        else:
+            finetune.run(LoraOptions(**common, out=str(place / "run"), lora_rank=rank, lora_alpha=float(rank)))
+    files.write_text(place / "learning.log", said.getvalue())
+    if not rank:
+        return
+    base = folder.load(out, options.device)
+    params = lora.merge(base.params, load_adapter(place / "run", base.params, device=options.device))
+    folder.save(place / "model", params, base.config, base.tokenizer)
+
+
+def _entry(
+    options: ImproveFlags, number: int, given: list[Answer], kept: list[Answer], before: float, after: float,
+    accepted: bool, place: Path, seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    from functional_lm import tree
+
+    finite = [one.score for one in given if one.score == one.score]
+    return {
+        "round": number,
+        "answers": len(given),
+        "kept": len(kept),
+        "score_mean": sum(finite) / len(finite) if finite else None,
+        "score_kept": sum(one.score for one in kept) / len(kept) if kept else None,
+        "held_out_before": before if before == before else None,
+        "held_out_after": after if after == after else None,
+        "accepted": accepted,
+        "held_out": after if accepted else before if before == before else None,
+        "digest": tree.digest(tree.load(place / "model" / "model.safetensors")) if accepted else None,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _said(entry: dict[str, Any], options: ImproveFlags) -> str:
+    mean = "none finite" if entry["score_mean"] is None else f"{entry['score_mean']:.4f} on average"
+    if not entry["kept"]:
+        return f"round {entry['round']}: of {entry['answers']} answers ({mean}) none is worth learning"
+    return (
+        f"round {entry['round']}: {entry['kept']} of {entry['answers']} answers kept ({mean}); held out "
+        f"{_shown(entry['held_out_before'])} -> {_shown(entry['held_out_after'])}: "
+        + ("accepted" if entry["accepted"] else "rejected, the model stays")
+    )
+
+
+def _shown(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4f}"
+
+
+COMMAND = Command(
+    "improve",
+    "rounds of learning from the best of a model's own answers",
+    ImproveFlags,
+    run,
+    details="example:\n  improve --model runs/assistant --data questions.jsonl --score exact --rounds 5",
+)
+
+if __name__ == "__main__":
+    sys.exit(main_single(COMMAND, prog="python -m functional_lm.improve"))
