@@ -16,7 +16,7 @@ train: $(VENV)/installed
 	$(BIN)/python -m functional_lm.train $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-all: $(VENV)/installed-long
 	$(BIN)/python -m pytest $(ARGS)

@@ -136,7 +136,8 @@ def _install(source: Path, out: Path, parts: Sequence[str] = PARTS) -> None:
     """The parts of a model folder, byte for byte; the weights last."""
     for name in parts:
         if (source / name).is_file():
-            files.write_with(out / name, lambda path, name=name: shutil.copyfile(source / name, path))  # type: ignore[misc]
+            with (source / name).open("rb") as original, files.writing(out / name) as copy:
+                shutil.copyfileobj(original, copy)
 
 
 def _place(out: Path, number: int) -> Path:

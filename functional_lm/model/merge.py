@@ -178,12 +178,12 @@ def _difference(model: Tree, base: Tree) -> Tree:
     return tree.map(lambda theirs, ours: wide(theirs) - wide(ours), model, base)
 
 
-def _sizes(difference: Tree) -> Float[Tensor, " N+1"]:
+def _sizes(difference: Tree) -> Float[Tensor, " sizes"]:
     sizes = torch.cat([leaf.abs().flatten() for leaf in tree.leaves(difference)]).sort().values
     return torch.cat([sizes, sizes.new_full((1,), torch.inf)])
 
 
-def _border(sizes: Float[Tensor, " N+1"], density: float | Tensor) -> Float[Tensor, ""]:
+def _border(sizes: Float[Tensor, " sizes"], density: float | Tensor) -> Float[Tensor, ""]:
     """The least magnitude among the `density` share of largest ones; infinite where that share is none."""
     share = density if isinstance(density, Tensor) else torch.tensor(density, dtype=torch.float64, device=sizes.device)
     kept = (share.double() * (len(sizes) - 1)).round().long().clamp(0, len(sizes) - 1)
