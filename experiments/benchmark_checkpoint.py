@@ -2,9 +2,9 @@
 
     python experiments/benchmark_checkpoint.py --sizes 10,100
 
-Both kinds take turns in one process: 50 steps without a save, then 50 behind a save (copying, and the thread that
-writes, syncs and hashes while they run), and so on. The cost is the median of a pair's ratio. The longest a step had
-to wait for the copy is shown beside it.
+All in one process: 50 steps, then a save and as many steps as it takes to write, sync and hash, again and again. What
+those steps and the copy took longer than as many usual steps (the median) is the cost of a save; the table shows it as
+a share of 50 usual steps, its median and range, with the longest copy and how many steps a save lasted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIZES = {
 }
 
 
-def measured(millions: int, every: int, pairs: int, folder: Path) -> list[str]:
+def measured(millions: int, every: int, saves: int, folder: Path) -> list[str]:
     layers, width, wide, vocabulary, rows, length = SIZES[millions]
     config = ModelConfig(
         vocab_size=vocabulary, d_model=width, n_layers=layers, n_heads=width // 64, d_ff=wide, max_len=length
@@ -54,33 +54,39 @@ def measured(millions: int, every: int, pairs: int, folder: Path) -> list[str]:
         drawn = keys.randint(keys.key(number), (rows, length + 1), 0, vocabulary)
         return {"tokens": drawn[:, :-1].contiguous(), "targets": drawn[:, 1:].contiguous()}
 
-    saver, ratios, waits, batches = Saver(write), [], [], [batch(number) for number in range(8)]
+    saver, batches = Saver(write), [batch(number) for number in range(8)]
 
-    def steps() -> float:
+    def timed(number: int) -> float:
         nonlocal state
         started = time.perf_counter()
-        for number in range(every):
-            state, report = run(state, batches[number % 8])
-            report["loss"].item()
+        state, report = run(state, batches[number % 8])
+        report["loss"].item()
         return time.perf_counter() - started
 
-    for number in range(3):
-        state, _ = run(state, batches[number])
-    times: list[float] = []
-    for _ in range(pairs):
-        plain = steps()
+    for number in range(5):
+        timed(number)
+    plain: list[float] = []
+    copies: list[float] = []
+    beside: list[list[float]] = []
+    for _ in range(saves):
+        plain += [timed(number) for number in range(every)]
         started = time.perf_counter()
         saver.save(state, {})
-        waits.append(time.perf_counter() - started)
-        steps()
-        saver.wait()  # what is not done when the next 50 begin would be paid for by them
-        ratios.append((time.perf_counter() - started) / plain)
-        times.append(plain)
+        copies.append(time.perf_counter() - started)
+        beside.append([])
+        while saver.busy():
+            beside[-1].append(timed(len(beside[-1])))
+        saver.wait()
+    usual = statistics.median(plain)
+    costs = [
+        100 * (copy + sum(times) - len(times) * usual) / (every * usual)
+        for copy, times in zip(copies, beside, strict=True)
+    ]
     size = sum(path.stat().st_size for path in (checkpoint.listing(folder)[-1]).iterdir())
     return [
-        f"{tree.size(params) / 1e6:.1f} M", console.size(size), f"{1e3 * statistics.median(times) / every:.1f}",
-        f"{1e3 * max(waits):.0f}", f"{100 * (statistics.median(ratios) - 1):+.1f} %",
-        f"{100 * (min(ratios) - 1):+.1f} to {100 * (max(ratios) - 1):+.1f} %",
+        f"{tree.size(params) / 1e6:.1f} M", console.size(size), f"{1e3 * usual:.1f}", f"{1e3 * max(copies):.0f}",
+        f"{statistics.median(map(len, beside)):.0f}", f"{statistics.median(costs):+.1f} %",
+        f"{min(costs):+.1f} to {max(costs):+.1f} %",
     ]  # fmt: skip
 
 
@@ -88,17 +94,18 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--sizes", default="10,100", help="millions of parameters")
     options.add_argument("--every", type=int, default=50, help="steps between checkpoints")
-    options.add_argument("--pairs", type=int, default=5)
+    options.add_argument("--saves", type=int, default=7)
     options.add_argument("--folder", help="disk to write to; the system's folder for temporary files if not given")
     given = options.parse_args()
     print(
-        "| parameters | checkpoint | ms a step | longest copy, ms | cost of saving every " + f"{given.every} | range |"
+        "| parameters | checkpoint | ms a step | longest copy, ms | steps beside a save | cost of saving every "
+        f"{given.every} | range |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for size in map(int, given.sizes.split(",")):
         folder = Path(tempfile.mkdtemp(dir=given.folder))
         try:
-            print("| " + " | ".join(measured(size, given.every, given.pairs, folder)) + " |", flush=True)
+            print("| " + " | ".join(measured(size, given.every, given.saves, folder)) + " |", flush=True)
         finally:
             shutil.rmtree(folder)
 

@@ -131,6 +131,7 @@ def _train(
     flags: TrainingFlags, job: Job, state: TrainState, memory: Mapping[str, Any], out: Path, recorder: Recorder
 ) -> tuple[Outcome, Best]:
     """To the end, or to a spike."""
+    from functional_lm import run_best
     from functional_lm.training import loop
 
     best, trouble = Best(**memory.get("best", {})), Trouble(flags, "the checkpoint was not written")
@@ -149,7 +150,7 @@ def _train(
         if flags.patience and best.observe(loop.steps_taken(state), losses[0]):
             with troubled(trouble):
                 check_there(out)
-                _keep(out / "best", state.best_params, job)
+                run_best.keep(out, best.step, lambda path: _save(path, state.best_params, job))
         return {"val_loss": losses if job.members else losses[0]}
 
     def save(state: TrainState, progress: loop.Progress) -> None:
@@ -160,6 +161,8 @@ def _train(
             kept["seconds"] = progress.seconds
         with troubled(trouble):
             saver.save(state, kept)
+            if flags.patience:
+                run_best.prune(out, best.step)
 
     def sample(state: TrainState) -> None:
         recorder.text(loop.steps_taken(state), "sample", "".join(job.sample(members(state, job)[0])))
@@ -255,14 +258,13 @@ def _shown(value: float | list[float]) -> str:
     return ", ".join(f"{entry:.4f}" for entry in (value if isinstance(value, list) else [value]))
 
 
-def _keep(path: Path, params: Tree, job: Job) -> None:
+def _save(path: Path, params: Tree, job: Job) -> None:
     from functional_lm import folder
 
-    with files.writing_folder(path) as temporary:
-        if job.written is not None:
-            job.written.save(temporary, params)
-        else:
-            folder.save(temporary, params, job.config, job.tokenizer)
+    if job.written is not None:
+        job.written.save(path, params)
+    else:
+        folder.save(path, params, job.config, job.tokenizer)
 
 
 def _newest(out: Path) -> str:

@@ -107,13 +107,13 @@ def finish(
     flags: TrainingFlags, report: Report, job: trainer.Job, outcome: Outcome, best: trainer.Best, recorder: Recorder
 ) -> None:
     """Measure on the whole split, write the model folder and its records, print a sample."""
-    from functional_lm import tree
+    from functional_lm import run_best, tree
 
     out, params, steps = report.out, outcome.state.best_params, int(outcome.state.step)
     if outcome.ended == "patience":
         console.say(f"ended after {best.waited} validations without a better one; step {best.step} was the best")
     if flags.patience and best.step:
-        kept = out / "best"
+        kept = run_best.kept(out, best.step)
         params = job.written.load(kept) if job.written else tree.load(kept / "model.safetensors", flags.device)
     likelihood = job.measure(params, None)
     if likelihood.tokens:

@@ -15,7 +15,7 @@ import torch
 from test_train import FLAGS, contents, lines, losses, one_line, pretrain, read, text
 
 import functional_lm
-from functional_lm import training_flags, tree
+from functional_lm import run_best, training_flags, tree
 from functional_lm.errors import UsageError
 from functional_lm.text import dataset
 from functional_lm.training import checkpoint, loop, optimizer, schedule
@@ -88,6 +88,21 @@ def test_patience_goes_on_after_a_resume(text: Path, tmp_path: Path) -> None:
     assert memory["best"]["step"] == read(out / "summary.json")["best_step"] == 2
     assert pretrain(**flags, data=text, out=out, steps=8) == 0
     assert read(out / "summary.json")["best_step"] in (2, 4, 6)
+    named = {read(path / "training.json")["memory"]["best"]["step"] for path in checkpoint.listing(out / "checkpoints")}
+    assert {int(path.name[5:]) for path in (out / "best").iterdir()} == named
+
+
+def test_a_damaged_best_model_is_no_result(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    flags = {**QUIET, "eval_every": 2, "patience": 50, "learning_rate": 1e-30}
+    assert pretrain(**flags, data=text, out=out, steps=4) == 0
+    best = run_best.kept(out, read(out / "summary.json")["best_step"])
+    weights = bytearray((best / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (best / "model.safetensors").write_bytes(weights)
+    capsys.readouterr()
+    assert pretrain(**flags, data=text, out=out, steps=6) == 1
+    assert "the best model is damaged" in capsys.readouterr().err
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

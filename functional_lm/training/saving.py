@@ -44,6 +44,10 @@ class Saver:
         except BaseException as error:
             self._error = error
 
+    def busy(self) -> bool:
+        """Whether something is being saved."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise the error of a save that has ended with one; wait for none."""
         if self._error is not None:
