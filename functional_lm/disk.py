@@ -114,6 +114,18 @@ def create(path: Path, mode: str = "wb") -> IO[Any]:
     return io.TextIOWrapper(cast("Any", file), encoding="utf-8", newline="\n", write_through=True)
 
 
+def reading(path: Path, past_cache: bool) -> io.FileIO:
+    """A file to read, without a buffer; past the system's cache, if asked and where that can be."""
+
+    def opened(name: str, flags: int) -> int:
+        try:
+            return os.open(name, flags | (os.O_DIRECT if past_cache else 0))
+        except (AttributeError, OSError):  # no such system, no such file system, or no such file
+            return os.open(name, flags)
+
+    return io.FileIO(str(path), "r", opener=opened)
+
+
 def sync_file(file: IO[Any]) -> None:
     """What was written to an open file is on the disk when this returns."""
     file.flush()

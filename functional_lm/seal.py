@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from functional_lm import files
+from functional_lm import disk, files
 from functional_lm.errors import DataError
 
 CHUNK = 1 << 20
@@ -93,12 +92,11 @@ def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 def sha256(path: Path) -> str:
     """Of what lies on the disk: large files are read past the cache, as `disk` writes them, where that can be."""
     digest = hashlib.sha256()
-    try:
-        past = os.O_DIRECT if path.stat().st_size >= CHUNK else 0
-        descriptor = os.open(path, os.O_RDONLY | past)
-    except (AttributeError, OSError):  # no such system, no such file system, or no such file
-        descriptor = os.open(path, os.O_RDONLY)
-    with open(descriptor, "rb", buffering=0) as file, mmap.mmap(-1, CHUNK) as room, memoryview(room) as whole:
+    with (
+        disk.reading(path, past_cache=path.stat().st_size >= CHUNK) as file,
+        mmap.mmap(-1, CHUNK) as room,
+        memoryview(room) as whole,
+    ):
         while size := file.readinto(whole):
             digest.update(whole[:size])
     return digest.hexdigest()

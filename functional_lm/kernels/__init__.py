@@ -93,8 +93,8 @@ def whole_rows(x: Float[Tensor, "M in"]) -> tuple[Int[Tensor, "M in"], Float[Ten
 
     The largest is what a sum of `in` products with whole numbers up to 127 leaves of an int32.
     """
-    limit = min(32767, (2**31 - 1) // (127 * x.shape[-1]))
     most = x.float().abs().amax(-1)
+    limit = torch.full_like(most, min(32767, (2**31 - 1) // (127 * x.shape[-1])))  # a number would be a reciprocal
     by = torch.where(most > 0, limit / most, 0.0)
     return (x.float() * by[:, None]).round().to(torch.int16), most / limit
 
