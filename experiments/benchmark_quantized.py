@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from functional_lm import keys, tree
+from functional_lm import kernels, keys, tree
 from functional_lm.inference.generate import GenerateOptions, decoder, generate
 from functional_lm.model import quantize
 from functional_lm.model.account import parameters
@@ -55,7 +55,7 @@ def main() -> None:
         "int8": quantize.quantize(params, Plan(8)),
         "int4": quantize.quantize(params, Plan(4)),
     }
-    copies = {name: decoding_copy(form, torch.bfloat16) for name, form in forms.items()}
+    copies = {name: kernels.prepared(decoding_copy(form, torch.bfloat16)) for name, form in forms.items()}
     print(f"{parameters(config) / 1e6:.0f}M parameters, {torch.get_num_threads()} threads, torch {torch.__version__}")
     run = decoder(config, truncating=False)
     options = GenerateOptions(flags.tokens + 1, temperature=0.8)
