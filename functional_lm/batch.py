@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,10 @@ from functional_lm import options as checking
 from functional_lm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from functional_lm.generate import GenerateFlags, Opened
+    from functional_lm.generate import GenerateFlags
     from functional_lm.inference.requests import Request
     from functional_lm.text.tokenizer import Tokenizer
+    from functional_lm.writer import Opened
 
 OWN = ("max_tokens", *sampling_settings.USUAL, "seed", "stop")  # of a row
 
@@ -81,6 +81,7 @@ def asked(row: dict[str, Any], how: GenerateFlags, tokenizer: Tokenizer) -> Requ
         **{name: getattr(how, name) for name in sampling_settings.USUAL},
         seed=how.seed,
         stop_ids=(tokenizer.eos_id,),
+        rolls=True,
     )
 
 
@@ -88,30 +89,24 @@ def run(options: GenerateFlags, path: str, opened: Opened) -> None:
     """Print a line of JSON for each row, in the order of the file; what it took goes to stderr."""
     rows = read(path, options)
     started, said = time.perf_counter(), 0
-    for row in answers(rows, options.slots, opened):
+    for row in answers(rows, options.slots, opened, options.guesses):
         print(json.dumps(row, ensure_ascii=False), flush=True)
         said += row["tokens"]
     seconds = time.perf_counter() - started
     console.note(f"{len(rows)} prompts, {said} tokens, {console.count(said / seconds)} tokens/s, compiling included")
 
 
-def answers(rows: list[tuple[dict[str, Any], GenerateFlags]], slots: int, opened: Opened) -> Iterator[dict[str, Any]]:
-    """Each row with its `text`, `tokens` and `finish_reason`. What cannot be asked for is refused before any work."""
-    from functional_lm.inference.engine import Engine
+def answers(
+    rows: list[tuple[dict[str, Any], GenerateFlags]], slots: int, opened: Opened, guesses: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Each row with its `text`, `tokens` and `finish_reason`."""
+    from functional_lm import writer
     from functional_lm.serving.answer import Answer
 
     requests = [asked(row, how, opened.tokenizer) for row, how in rows]
-    engine = Engine(opened.weights, opened.config, min(slots, len(rows)), waiting=len(rows), compile=opened.compile)
-    handles = [engine.submit(request) for request in requests]  # it starts below: a wrong row costs nothing
-    engine.start(
-        lambda name: console.announced(f"compiling {name}", quiet=not opened.compile, file=sys.stderr),
-        scored=(False,),
-        plain=tuple({request.plain for request in requests}),
-    )
-    try:
+    with writer.engine(opened, requests, min(slots, len(rows)), guesses) as engine:
+        handles = [engine.submit(request) for request in requests]
         for (row, how), handle in zip(rows, handles):
             answer = Answer(handle, opened.tokenizer, how.stop)
             text = "".join(answer)
             yield {**row, "text": text, "tokens": answer.tokens, "finish_reason": answer.finish_reason}
-    finally:
-        engine.close(drain=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from functional_lm import console, sampling_settings
 from functional_lm.cli import Command, main_single
-from functional_lm.generate import DTYPES, opened
+from functional_lm.generate import DTYPES
 from functional_lm.options import REQUIRED, option
 
 
@@ -43,43 +44,56 @@ def run(options: ChatFlags) -> int:
 
     A conversation that outgrows the model's context forgets its oldest exchanges, and says so.
     """
-    from functional_lm.inference import text
-    from functional_lm.inference.generate import GenerateOptions, decoder, generate
+    from functional_lm import writer
+    from functional_lm.inference.requests import Request
+    from functional_lm.serving.answer import Answer
     from functional_lm.text import chat, conversations
 
     settings: dict[str, Any] = sampling_settings.resolved(options, options.model)
-    weights, config, tokenizer, compile = opened(options)
+    model = writer.opened(options)
+    tokenizer, config = model.tokenizer, model.config
     conversations.require_markers(tokenizer, options.model)
-    how = GenerateOptions(options.max_tokens, seed=options.seed, stop_ids=chat.stops(tokenizer), **settings)
-    run = decoder(config, compile, how.truncates)
-    if compile:
-        with console.announced("compiling", file=sys.stderr):
-            list(generate(weights, [tokenizer.bos_id], run, dataclasses.replace(how, max_tokens=2)))
-    asks = "user: " if sys.stdin.isatty() else ""
+    how = Request(
+        (tokenizer.bos_id,),
+        options.max_tokens,
+        seed=options.seed,
+        stop_ids=chat.stops(tokenizer),
+        rolls=True,
+        **settings,
+    )
     turns = [chat.turn("system", options.system)] if options.system else []
     room = max(config.max_len - options.max_tokens, config.max_len // 2)
+    with writer.engine(model, [how]) as engine:
+        for said in _lines():
+            try:
+                kept = chat.latest(tokenizer, [*turns, chat.turn("user", said)], room)
+            except ValueError as error:
+                console.note(f"{error}, which a context of {config.max_len} leaves beside an answer; say less")
+                continue
+            if len(kept) < len(turns) + 1:
+                console.note("the conversation is longer than the model's context: its beginning is forgotten")
+            prompt = tuple(chat.prompt(tokenizer, kept))
+            request = dataclasses.replace(how, prompt=prompt, seed=how.seed + len(turns))
+            answer = []
+            for piece in Answer(engine.submit(request), tokenizer):
+                answer.append(piece)
+                print(piece, end="", flush=True)
+            print(flush=True)
+            turns = [*kept, chat.turn("assistant", "".join(answer))]
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """What a person types, line by line, until the end of standard input."""
+    asks = "user: " if sys.stdin.isatty() else ""
     while True:
         try:
             said = input(asks)
         except EOFError:
             print()
-            return 0
-        if not said.strip():
-            continue
-        try:
-            kept = chat.latest(tokenizer, [*turns, chat.turn("user", said)], room)
-        except ValueError as error:
-            console.note(f"{error}, which a context of {config.max_len} leaves beside an answer; say less")
-            continue
-        if len(kept) < len(turns) + 1:
-            console.note("the conversation is longer than the model's context: its beginning is forgotten")
-        mine = dataclasses.replace(how, seed=how.seed + len(turns))
-        answer = []
-        for piece in text.stream(weights, run, tokenizer, chat.prompt(tokenizer, kept), mine):
-            answer.append(piece)
-            print(piece, end="", flush=True)
-        print(flush=True)
-        turns = [*kept, chat.turn("assistant", "".join(answer))]
+            return
+        if said.strip():
+            yield said
 
 
 COMMAND = Command("chat", "talk to a fine-tuned model in the terminal (Ctrl-D ends)", ChatFlags, run)

@@ -5,20 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from functional_lm import console
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import UsageError
 from functional_lm.options import REQUIRED, option
-
-if TYPE_CHECKING:
-    from functional_lm.chat import ChatFlags
-    from functional_lm.model.config import ModelConfig
-    from functional_lm.text.tokenizer import Tokenizer
-    from functional_lm.tree import Tree
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -62,47 +55,20 @@ class GenerateFlags:
     seed: int = option(0, "seed of the draws", low=0, group="Sampling")
     stop: tuple[str, ...] = option((), "texts that end it, commas between; none of them is printed", group="Sampling")
     stream: bool = option(True, "print as it is written")
+    guesses: int = option(
+        0, "read so many tokens ahead where a text repeats itself; what is written stays the same", low=0, high=64,
+        group="Machine",
+    )  # fmt: skip
     dtype: str = option("auto", "precision of weights and cache", choices=DTYPES, group="Machine")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), group="Machine")
     compile: bool = option(True, "compile prefill and decoding (eager where no C++ compiler is found)", group="Machine")
 
 
-class Opened(NamedTuple):
-    """What the flags name, ready to write: a compute copy with its adapter merged, and whether to compile."""
-
-    weights: Tree
-    config: ModelConfig
-    tokenizer: Tokenizer
-    compile: bool
-
-
-def opened(options: GenerateFlags | ChatFlags) -> Opened:
-    """The model, its adapter and the machine that the flags name."""
-    from functional_lm import compile as compiling
-    from functional_lm import folder, kernels
-    from functional_lm.interop.peft import load_adapter
-    from functional_lm.model import lora, quantize
-    from functional_lm.model.compute import decoding_copy
-
-    device = compiling.resolve_device(options.device)
-    dtype = compiling.resolve_dtype(options.dtype, device)
-    params, config, tokenizer = folder.load(options.model, device, quantized=True)
-    if options.adapter is not None:
-        add = lora.attach if quantize.is_quantized(params) else lora.merge
-        params = add(params, load_adapter(options.adapter, params, options.any_base, device))
-    obstacle = compiling.obstacle(device) if options.compile else None
-    if obstacle:
-        console.note(f"running without compilation: {obstacle}")
-    compile = options.compile and obstacle is None
-    copy = kernels.prepared(decoding_copy(params, dtype), wanted=compile and device.type == "cpu")
-    return Opened(copy, config, tokenizer, compile)
-
-
 def run(options: GenerateFlags) -> int:
     """Print the prompt and its continuation (a line of JSON for each of many); what it took goes to stderr."""
-    from functional_lm import batch, sampling_settings
-    from functional_lm.inference import text
-    from functional_lm.inference.generate import GenerateOptions, decoder, generate
+    from functional_lm import batch, sampling_settings, writer
+    from functional_lm.inference.requests import Request
+    from functional_lm.serving.answer import Answer
 
     settings: dict[str, Any] = sampling_settings.resolved(options, options.model)
     if options.prompts is not None:
@@ -110,32 +76,24 @@ def run(options: GenerateFlags) -> int:
             raise UsageError("give either --prompt or --prompts")
         resolved = dataclasses.replace(options, **settings)
         batch.read(options.prompts, resolved)  # what is wrong there is said before a model is loaded
-        batch.run(resolved, options.prompts, opened(options))
+        batch.run(resolved, options.prompts, writer.opened(options))
         return 0
-    weights, config, tokenizer, compile = opened(options)
-    prompt = tokenizer.encode(options.prompt) or [tokenizer.bos_id]
-    how = GenerateOptions(options.max_tokens, seed=options.seed, stop_ids=(tokenizer.eos_id,), **settings)
-    run = decoder(config, compile, how.truncates)
-    if compile:
-        with console.announced("compiling", file=sys.stderr):
-            list(generate(weights, prompt, run, dataclasses.replace(how, max_tokens=2)))
-    started, count = time.perf_counter(), 0
-    pieces = [options.prompt]
-    if options.stream:
-        print(options.prompt, end="", flush=True)
-
-    def counted() -> Iterator[str]:
-        nonlocal count
-        for piece in text.stream(weights, run, tokenizer, prompt, how):
-            count += 1
-            yield piece
-
-    for piece in text.until(counted(), options.stop):
-        pieces.append(piece)
+    model = writer.opened(options)
+    prompt = tuple(model.tokenizer.encode(options.prompt)) or (model.tokenizer.bos_id,)
+    stop_ids = (model.tokenizer.eos_id,)
+    request = Request(prompt, options.max_tokens, seed=options.seed, stop_ids=stop_ids, rolls=True, **settings)
+    with writer.engine(model, [request], guesses=options.guesses) as engine:
+        started, pieces = time.perf_counter(), [options.prompt]
         if options.stream:
-            print(piece, end="", flush=True)
-    print() if options.stream else print("".join(pieces))
-    console.note(f"{count} tokens, {console.count(count / (time.perf_counter() - started))} tokens/s")
+            print(options.prompt, end="", flush=True)
+        answer = Answer(engine.submit(request), model.tokenizer, options.stop)
+        for piece in answer:
+            pieces.append(piece)
+            if options.stream:
+                print(piece, end="", flush=True)
+        print() if options.stream else print("".join(pieces))
+        speed = console.count(answer.tokens / (time.perf_counter() - started))
+        console.note(f"{answer.tokens} tokens, {speed} tokens/s")
     return 0
 
 

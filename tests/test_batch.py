@@ -10,7 +10,7 @@ import pytest
 
 from functional_lm import batch, folder, keys, tree
 from functional_lm.errors import DataError, UsageError
-from functional_lm.generate import COMMAND, GenerateFlags, Opened, run
+from functional_lm.generate import COMMAND, GenerateFlags, run
 from functional_lm.inference import generate as tokens
 from functional_lm.inference import text as writing
 from functional_lm.inference.generate import GenerateOptions
@@ -60,6 +60,21 @@ def test_rows_say_what_each_says_alone(tmp_path: Path, capsys: pytest.CaptureFix
     ]
 
 
+def test_a_text_may_outgrow_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.save(tmp_path / "model", PARAMS, CONFIG, TOKENIZER)
+    rows = [{"prompt": "x" * 70, "max_tokens": 40, "seed": 5}, {"prompt": "fox", "max_tokens": 90, "seed": 5}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    how = {"model": str(tmp_path / "model"), "max_tokens": 12, "seed": 5, "compile": False, "dtype": "float32"}
+    assert run(GenerateFlags(**how, prompts=str(file))) == 0
+    printed = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in printed.out.splitlines()] == [alone(row) for row in rows]
+    assert "of a prompt of 70 tokens the model reads the last 64" in printed.err
+    for row in rows:
+        assert run(GenerateFlags(**{**how, "prompt": row["prompt"], "max_tokens": row["max_tokens"]})) == 0
+        assert capsys.readouterr().out == f"{row['prompt']}{alone(row)}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -83,12 +98,9 @@ def test_a_wrong_row_is_named_before_any_work(tmp_path: Path, text: str, words: 
         run(GenerateFlags(model=str(tmp_path / "nowhere"), prompts=str(file)))
 
 
-def test_what_cannot_be_read_or_fit_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read"):
         batch.read(str(tmp_path / "nowhere"), GenerateFlags(model="x"))
     with pytest.raises(UsageError, match="give either"):
         run(GenerateFlags(model="x", prompt="a", prompts="b"))
-    long = [({"prompt": "x" * 70}, GenerateFlags(model="x"))]
-    with pytest.raises(UsageError, match="the prompt has 70 tokens"):
-        next(batch.answers(long, 2, Opened(PARAMS, CONFIG, TOKENIZER, False)))
     assert COMMAND.name == "generate"

@@ -246,12 +246,30 @@ def test_the_compiled_engine_says_the_same_and_compiles_nothing_more() -> None:
     fast.close()
 
 
+def plainly(request: Request) -> list[int]:
+    """The same by the plain loop, which knows all but biases."""
+    names = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+    own = {name: getattr(request, name) for name in names}
+    how = generate.GenerateOptions(request.max_tokens, request.temperature, **own)
+    return list(generate.generate(PARAMS, list(request.prompt), generate.decoder(CONFIG, compile=False), how))
+
+
 @given(request=PENALIZED)
 @settings(max_examples=12, deadline=None)
 def test_the_plain_loop_knows_the_same_penalties(engine: Engine, request: Request) -> None:
-    own = dataclasses.replace(request, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={})
-    how = generate.GenerateOptions(
-        own.max_tokens, own.temperature, seed=own.seed, min_p=own.min_p, repetition_penalty=own.repetition_penalty
-    )
-    run = generate.decoder(CONFIG, compile=False)
-    assert list(generate.generate(PARAMS, list(own.prompt), run, how)) == list(engine.submit(own))
+    own = dataclasses.replace(request, logit_bias={})
+    assert plainly(own) == list(engine.submit(own))
+
+
+@given(requests=st.lists(st.tuples(PENALIZED, st.integers(1, 150), st.integers(1, 180)), min_size=1, max_size=4))
+@settings(max_examples=6, deadline=None)
+def test_a_text_that_fills_the_context_goes_on_from_its_newer_half(
+    engine: Engine, requests: list[tuple[Request, int, int]]
+) -> None:
+    long = [
+        dataclasses.replace(one, prompt=(one.prompt * length)[:length], max_tokens=count, logit_bias={}, rolls=True)
+        for one, length, count in requests
+    ]
+    for handle, request in zip([engine.submit(request) for request in long], long):
+        assert list(handle) == plainly(request)
+        assert handle.finish_reason == "length"

@@ -348,6 +348,8 @@ def test_a_client_who_leaves_is_noticed_wherever_its_request_is(where: str, stre
         ended: list[tuple[int, str]] = []
         service.engine.listeners.append(lambda handle: ended.append((handle.made, handle.finish_reason)))
         holder = service.engine.submit(Request((1,), 90)) if where == "queue" else None
+        while holder is not None and service.engine.stats()["waiting"]:
+            time.sleep(0.005)  # until it has the slot: what waits below is the client's
         body = json.dumps({"prompt": list(range(3, 83)), "max_tokens": 10, "stream": stream, "logprobs": None})
         body = body.replace('"max_tokens": 10', '"max_tokens": 16') if where == "decode" else body
         raw = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}"

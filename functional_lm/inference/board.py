@@ -148,16 +148,19 @@ class Board:
         self._cache, logits = self._fill(self._cache, self._weights, whole(*padded)[None], *place)
         return logits, None
 
-    def begin(self, slot: int, logits: Tensor, request: Request) -> tuple[int, Scores | None]:
-        """The first token behind a prompt that has been read."""
+    def begin(self, slot: int, logits: Tensor, request: Request, said: Sequence[int] = ()) -> tuple[int, Scores | None]:
+        """The token behind what has been read; `said` are the ones that this request has drawn before."""
         state = self._state
         assert state.penalties
-        state.penalties.counts[slot] = 0  # steps of the others have counted here too
+        state.drawn[slot], counts = len(said), state.penalties.counts
+        counts[slot] = 0  # steps of the others have counted here too
+        if said:
+            counts[slot] = torch.tensor(said).bincount(minlength=self.config.vocab_size).to(counts)
         own = tree.map(lambda rows: rows[slot : slot + 1], state)
         token = choose(logits, own, truncating=not request.plain)
         state.tokens[slot] = token[0]
-        state.drawn[slot] = 1
-        state.penalties.counts[slot, token] = 1
+        state.drawn[slot] += 1
+        counts[slot, token] += 1
         return int(token), score(logits, token) if request.logprobs is not None else None
 
     def step(

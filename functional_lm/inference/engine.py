@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,15 +40,22 @@ log = logging.getLogger("functional_lm.engine")
 
 @dataclass
 class _Running:
-    """A slot in use."""
+    """A slot in use: what it has to read, and what it has said."""
 
     handle: Handle
-    read: int  # prompt tokens in the cache
+    window: Sequence[int]  # the prompt; of a text that has filled the context, its newer half
+    read: int  # tokens of the window in the cache
     history: History | None = None  # for guesses
+    said: list[int] = field(default_factory=list)
+    fresh: int = 0  # how many of those were said behind the window
 
     @property
     def left(self) -> int:
-        return len(self.handle.request.prompt) - self.read
+        return len(self.window) - self.read
+
+    @property
+    def length(self) -> int:
+        return len(self.window) + self.fresh
 
     @property
     def reading(self) -> bool:
@@ -113,7 +120,7 @@ class Engine:
 
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises Busy when the queue is full or the engine closes, UsageError for what cannot fit."""
-        if len(request.prompt) >= self.longest:
+        if len(request.prompt) >= self.longest and not request.rolls:
             raise TooMuch(
                 f"the prompt has {len(request.prompt)} tokens; this model takes {self.longest - 1} and one more to say"
             )
@@ -241,18 +248,21 @@ class Engine:
             while free and self._queue:
                 handle = self._queue.popleft()
                 request = handle.request
-                slot, shared = self._prefixes.best(free, request.prompt, request.whose)
+                window = request.prompt[-self.longest :]
+                slot, shared = self._prefixes.best(free, window, request.whose)
                 handle.cached = 0 if request.prompt_logprobs or not self.reuse else shared
                 free.remove(slot)
-                history = History(request.prompt) if self.board.guesses else None
-                self._running[slot] = _Running(handle, handle.cached, history)
-                self._prefixes.note(slot, request.prompt[: handle.cached], request.whose)
+                history = History(window) if self.board.guesses else None
+                self._running[slot] = _Running(handle, window, handle.cached, history)
+                self._prefixes.note(slot, window[: handle.cached], request.whose)
                 self.board.settle(slot, request, self._entries.row(request.adapter), handle.cached)
 
     def _turn(self) -> None:
         for slot, running in list(self._running.items()):
             if reason := running.handle.overdue:
                 self._finish(slot, reason)
+            elif running.length > self.longest:
+                self._roll(slot)
         if reading := [slot for slot, running in self._running.items() if running.reading]:
             self._read(self._whose_turn(reading))
         if writing := [slot for slot, running in self._running.items() if not running.reading]:
@@ -269,20 +279,20 @@ class Engine:
         return min(reading, key=lambda slot: self._running[slot].left)
 
     def _read(self, slot: int) -> None:
-        """One chunk of a prompt; behind the last one, the first token."""
+        """One chunk of a window; behind the last one, a token."""
         running = self._running[slot]
         handle, request, start = running.handle, running.handle.request, running.read
-        logits, scores = self.board.read(slot, request.prompt, start, request.prompt_logprobs)
-        running.read = min(len(request.prompt), start + self.board.chunk)
-        self._prefixes.note(slot, request.prompt[: running.read], request.whose)
+        logits, scores = self.board.read(slot, running.window, start, request.prompt_logprobs)
+        running.read = min(len(running.window), start + self.board.chunk)
+        self._prefixes.note(slot, running.window[: running.read], request.whose)
         if scores is not None:
-            following = request.prompt[start + 1 : running.read + 1]
+            following = running.window[start + 1 : running.read + 1]
             handle.prompt_scores += told(scores, range(len(following)), following, request.logprobs or 0)
         if not running.reading:
-            self._say(slot, *self.board.begin(slot, logits, request), 0)
+            self._say(slot, *self.board.begin(slot, logits, request, running.said), 0)
 
     def _write(self, writing: list[int]) -> None:
-        """One more token for every slot that has read its prompt."""
+        """One more token for every slot that has read its window."""
         plain = all(self._running[slot].handle.request.plain for slot in writing)
         ahead = self.board.guesses
         histories = [history for slot in writing if (history := self._running[slot].history) is not None]
@@ -293,19 +303,29 @@ class Engine:
                     self._say(slot, token, scores, slot * (ahead + 1) + column)
 
     def _say(self, slot: int, token: int, scores: Scores | None, row: int) -> None:
-        handle, history = self._running[slot].handle, self._running[slot].history
-        request = handle.request
-        if history is not None:
-            history.add(token)
+        running = self._running[slot]
+        handle, request = running.handle, running.handle.request
+        if running.history is not None:
+            running.history.add(token)
         if request.logprobs is not None and scores is not None:
             handle.scores += told(scores, [row], [token], request.logprobs)
         if token in request.stop_ids:
             return self._finish(slot, "stop")
         handle.say(token)
+        running.said.append(token)
+        running.fresh += 1
         self.tokens += 1
-        if handle.made == request.max_tokens or len(request.prompt) + handle.made >= self.longest:
+        if handle.made == request.max_tokens or (running.length >= self.longest and not request.rolls):
             self._finish(slot, "length")
         return None
+
+    def _roll(self, slot: int) -> None:
+        """The context is full: the newer half of the text is to be read again, from the first row on."""
+        running = self._running[slot]
+        text = [*running.window, *running.said[len(running.said) - running.fresh :]]
+        running.window, running.read, running.fresh = text[-(self.longest // 2 + 1) :], 0, 0
+        self._prefixes.note(slot, (), running.handle.request.whose)
+        self.board.release(slot, 0)
 
     def _finish(self, slot: int, reason: str, error: BaseException | None = None) -> None:
         handle = self._running.pop(slot).handle

@@ -52,6 +52,7 @@ class Request:
     prompt_logprobs: bool = False  # of the prompt too
     adapter: int = 0  # number that the engine gave it; 0: the model itself
     owner: str = ""  # whose it is: what slots hold of a prompt is used for prompts of the same owner alone
+    rolls: bool = False  # a text that fills the context goes on from its newer half, instead of ending there
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -1,0 +1,150 @@
+"""Generation against transformers' compiled static cache: the same weights, several requests at once.
+
+    python experiments/benchmark_generation.py [--shapes 109M] [--dtype bfloat16] [--requests 1,8] [--tokens 100]
+        [--rounds 5]
+
+Needs `transformers`. Makes a model with random weights, exports it for transformers, and lets the two take turns in one
+process. Each request has a prompt of 100 tokens of its own and wants `--tokens` more, the likeliest ones. The engine
+gets all requests at once; transformers, whose `generate` knows no request that comes later, gets them one after the
+other, and, as a second form, as one batch, which they can only be because they have one length here. The times hold
+reading the prompts. That both are the same model is seen from the first tokens that both say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmark_decoding import CONTEXT, PROMPT, SHAPES, shaped
+
+Texts = list[list[int]]
+
+
+def prompts(count: int, vocabulary: int) -> Texts:
+    import torch
+
+    from functional_lm import keys
+
+    drawn: Texts = keys.randint(keys.key(count), (count, PROMPT), 0, vocabulary - 1, torch.int64).tolist()
+    return drawn
+
+
+def ours(folder: Path, dtype: str, requests: int, count: int) -> Callable[[Texts], Texts]:
+    import torch
+
+    from functional_lm import folder as folders
+    from functional_lm.inference.engine import Engine, Request
+    from functional_lm.model.compute import decoding_copy
+
+    params, config, _ = folders.load(folder / "model")
+    engine = Engine(decoding_copy(params, getattr(torch, dtype)), config, requests, reuse=False)
+    engine.start(scored=(False,), plain=(True,))
+
+    def run(texts: Texts) -> Texts:
+        return [list(handle) for handle in [engine.submit(Request(tuple(text), count, 0.0)) for text in texts]]
+
+    return run
+
+
+def theirs(folder: Path, dtype: str, batch: int, count: int) -> Callable[[Texts], Texts]:
+    """transformers, `batch` texts a call."""
+    import torch
+    from transformers import AutoModelForCausalLM, CompileConfig
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype=getattr(torch, dtype)).eval()
+    how = CompileConfig(mode="default")
+    how._compile_all_devices = True  # type: ignore[assignment]
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "eos_token_id": None}
+
+    def run(texts: Texts) -> Texts:
+        said = []
+        for start in range(0, len(texts), batch):
+            ids = torch.tensor(texts[start : start + batch])
+            with torch.no_grad():
+                made = model.generate(
+                    ids, torch.ones_like(ids), cache_implementation="static", compile_config=how, **settings
+                )
+            said += made[:, PROMPT:].tolist()
+        return said
+
+    return run
+
+
+def compare(shape: str, dtype: str, requests: int, count: int, rounds: int) -> None:
+    """A row of the table for each way."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder, shape)
+        ways = {
+            "functional_lm": ours(folder, dtype, requests, count),
+            "transformers, one by one": theirs(folder, dtype, 1, count),
+        }
+        if requests > 1:
+            ways["transformers, one batch"] = theirs(folder, dtype, requests, count)
+        texts = prompts(requests, SHAPES[shape][-1])
+        first = {way: run(texts) for way, run in ways.items()}
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, run in ways.items():
+                started = time.perf_counter()
+                run(texts)
+                times[way].append(time.perf_counter() - started)
+    median = {way: statistics.median(found) for way, found in times.items()}
+    for way, seconds in median.items():
+        alike = sum(one[:3] == other[:3] for one, other in zip(first[way], first["functional_lm"]))
+        ratio = seconds / median["functional_lm"]
+        print(
+            f"| {shape} {dtype} | {requests} | {way} | {requests * count / seconds:.0f} | **{ratio:.2f}** "
+            f"| {alike} of {requests} |",
+            flush=True,
+        )
+
+
+def write(folder: Path, shape: str) -> None:
+    import torch
+
+    from functional_lm import folder as folders
+    from functional_lm import keys
+    from functional_lm.interop import hugging_face
+    from functional_lm.model.transformer import init
+    from functional_lm.text import tokenizer
+
+    config = shaped(shape)
+    words = tokenizer.train([Path(__file__).read_text(encoding="utf-8") * 5], vocab_size=400)
+    folders.save(folder / "model", init(config, keys.key(0), torch.float32), config, words)
+    hugging_face.export(folder / "model", folder / "exported")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="109M")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--requests", default="1,8")
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    flags = parser.parse_args()
+    if PROMPT + flags.tokens > CONTEXT:
+        sys.exit(f"--tokens is {flags.tokens}; behind a prompt of {PROMPT} there is room for {CONTEXT - PROMPT}")
+    import torch
+    import transformers
+
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{platform.machine()}"
+    )
+    print("| model | requests at once | | tokens/s | time beside functional_lm | same beginning |")
+    print("|---|---|---|---|---|---|")
+    for shape in flags.shapes.split(","):
+        for requests in map(int, flags.requests.split(",")):
+            compare(shape, flags.dtype, requests, flags.tokens, flags.rounds)
+
+
+if __name__ == "__main__":
+    main()
