@@ -63,7 +63,7 @@ def run(options: ChatFlags) -> int:
     )
     turns = [chat.turn("system", options.system)] if options.system else []
     room = max(config.max_len - options.max_tokens, config.max_len // 2)
-    with writer.engine(model, [how]) as engine:
+    with writer.engine(model, [how], others=True) as engine:
         for said in _lines():
             try:
                 kept = chat.latest(tokenizer, [*turns, chat.turn("user", said)], room)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from functional_lm import compile as compiling
 from functional_lm import console, folder, kernels
 from functional_lm.inference.engine import Engine
+from functional_lm.inference.generate import fitting
 from functional_lm.inference.requests import Request
 from functional_lm.interop.peft import load_adapter
 from functional_lm.model import lora, quantize
@@ -49,16 +50,33 @@ def opened(options: GenerateFlags | ChatFlags) -> Opened:
 
 
 @contextmanager
-def engine(model: Opened, requests: Sequence[Request], slots: int = 1, guesses: int = 0) -> Iterator[Engine]:
-    """An engine for requests like these: what they need is compiled, and said so. What runs at the end is given up."""
+def engine(
+    model: Opened, requests: Sequence[Request], slots: int = 1, guesses: int = 0, others: bool = False
+) -> Iterator[Engine]:
+    """An engine for these requests: what they need is compiled, and said so. What runs at the end is given up.
+
+    With `others` there will be more requests with the same settings, and other prompts.
+    """
     made = Engine(
         model.weights, model.config, slots, waiting=max(1, len(requests)), compile=model.compile, guesses=guesses
     )
     with console.announced("compiling", quiet=not model.compile, file=sys.stderr):
-        made.start(scored=(False,), plain=tuple({request.plain for request in requests}))
+        ways = sorted({request.plain for request in requests})
+        made.start(scored=(False,), plain=ways, sizes=() if others else _sizes(made, requests))
     if long := [len(request.prompt) for request in requests if len(request.prompt) > made.longest]:
         console.note(f"of a prompt of {max(long)} tokens the model reads the last {made.longest}, its longest context")
     try:
         yield made
     finally:
         made.close(drain=False)
+
+
+def _sizes(made: Engine, requests: Sequence[Request]) -> list[int]:
+    """The chunks in which their prompts are read, and those of a text that outgrows the context."""
+    lengths = [min(len(request.prompt), made.longest) for request in requests]
+    if any(length + request.max_tokens > made.longest for length, request in zip(lengths, requests)):
+        lengths.append(made.longest // 2 + 1)
+    block = made.board.chunk
+    whole = [block for length in lengths if length >= block]
+    rests = [fitting(length % block, made.board.sizes) for length in lengths if length % block]
+    return sorted({*whole, *rests})

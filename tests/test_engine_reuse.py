@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from functional_lm import compile as compiling
 from functional_lm import keys, tree
 from functional_lm.errors import DataError, FunctionalLMError, UsageError
-from functional_lm.inference import board
+from functional_lm.inference import generate
 from functional_lm.inference.engine import Closed, Engine, Request
 from functional_lm.inference.prefixes import Prefixes
 from functional_lm.model import lora, transformer
@@ -44,7 +44,7 @@ def engine(**how: Any) -> Engine:
 def pair() -> Iterator[tuple[Engine, Engine]]:
     """With and without reuse; chunks so short that prompts hold several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(board, "CHUNK", 8)
+        patch.setattr(generate, "CHUNKS", (2, 8))
         made = [engine(reuse=reuse, bank=lora.stack(PARAMS, [adapter(1), adapter(2)])) for reuse in (True, False)]
     yield made[0], made[1]
     for each in made:
@@ -223,7 +223,7 @@ def test_what_the_bank_has_no_room_for_is_refused_and_forgotten(made: Any, words
 
 
 def test_a_failed_step_leaves_no_rows_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "CHUNK", 8)
+    monkeypatch.setattr(generate, "CHUNKS", (2, 8))
     here, request = engine(slots=2), Request(BEGINNINGS[0], 5, 0.0)
     expected = list(here.submit(request))
     assert here.submit(dataclasses.replace(request, max_tokens=1)).cached in (0, 32)

@@ -26,7 +26,7 @@ from functional_lm.compile import compiled, graphs
 from functional_lm.inference import cache as kv
 from functional_lm.inference import text as texts
 from functional_lm.inference.generate import (
-    CHUNK,
+    CHUNKS,
     Decoder,
     GenerateOptions,
     Slots,
@@ -318,12 +318,13 @@ def test_greedy_text_is_that_of_the_full_forward(
 
 def test_a_context_of_several_chunks_reads_like_one() -> None:
     """A length that is no multiple of the chunk, so that the last one is partly padding, also beyond a table's end."""
+    few, chunk = CHUNKS
     for positions in ("rope", "learned", "sinusoidal"):
         config = ModelConfig(
-            vocab_size=30, d_model=16, n_layers=2, n_heads=2, d_ff=16, max_len=2 * CHUNK + 9, positions=positions
+            vocab_size=30, d_model=16, n_layers=2, n_heads=2, d_ff=16, max_len=2 * chunk + 9, positions=positions
         )
         params = weights(config, 0)
-        for length in (CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, config.max_len, config.max_len + 5):
+        for length in (few, chunk - 1, chunk, chunk + few, chunk + few + 1, 2 * chunk, config.max_len + 5):
             prompt = token_rows(config, (length,), length).tolist()
             made = list(generate(params, prompt, decoder(config, False), GenerateOptions(5, temperature=0.0)))
             for token, logits in by_full_forward(params, prompt, made, config):

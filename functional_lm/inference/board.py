@@ -20,12 +20,13 @@ from functional_lm import kernels, keys, tree
 from functional_lm.compile import compiled
 from functional_lm.inference import cache as kv
 from functional_lm.inference.generate import (
-    CHUNK,
     Scores,
     Slots,
     choose,
+    chunks,
     decode_scored,
     decode_step,
+    fitting,
     prefill_scored,
     prefill_slot,
     score,
@@ -57,8 +58,9 @@ class Board:
         """`guesses`: how many tokens a step may be handed to verify (`speculation.py`)."""
         self.config = dataclasses.replace(config, dropout=0.0, checkpoint_activations=False)
         self.slots, self.guesses = slots, guesses
-        self.chunk = min(CHUNK, config.max_len)
         self._device = tree.leaves(params)[0].device
+        self.sizes = chunks(config, self._device)
+        self.chunk = self.sizes[-1]  # tokens of a prompt that are read at once
         self._weights = (kernels.prepared(params, wanted=compile and self._device.type == "cpu"), bank or {})
         rows = -(-length // self.chunk) * self.chunk
         self._cache = kv.init(self.config, slots, rows, precision(params["model"]["embed_tokens"]), self._device)
@@ -84,15 +86,17 @@ class Board:
         phase: Callable[[str], AbstractContextManager[Any]],
         scored: Sequence[bool] = (False, True),
         plain: Sequence[bool] = (True, False),
+        sizes: Sequence[int] = (),
     ) -> None:
         """Run every graph that is wanted once, so that nothing compiles while somebody waits; each in a named `phase`.
 
-        `scored` are the ways to read, `plain` those to write.
+        `scored` are the ways to read, `sizes` how many tokens at once (all, if none is named), `plain` ways to write.
         """
         with torch.inference_mode(False), torch.no_grad():
             for way in scored:
-                with phase("reading with logprobs" if way else "reading"):
-                    self.read(0, (0, 0), 0, way)
+                for size in self.sizes[-1:] if way else sizes or self.sizes:
+                    with phase(f"reading {size} tokens with logprobs" if way else f"reading {size} tokens"):
+                        self.read(0, (0,) * size, 0, way)
             for way in plain:
                 with phase("writing" if way else "writing with penalties and logprobs"):
                     self.step([], way)
@@ -136,9 +140,10 @@ class Board:
             return torch.tensor(values, device=self._device)
 
         part, following = (list(prompt[begin : begin + self.chunk]) for begin in (start, start + 1))
+        size = self.chunk if scored else fitting(len(part), self.sizes)
         assert isinstance(self._state.adapters, Tensor)
         place = (whole(slot), whole(start), whole(len(part) - 1), self._state.adapters[slot : slot + 1].clone())
-        padded, following = (ids + [0] * (self.chunk - len(ids)) for ids in (part, following))
+        padded, following = (ids + [0] * (size - len(ids)) for ids in (part, following))
         self._state.positions[slot] = start + len(part)  # where a step of the others may write without harm
         if scored:
             self._cache, (logits, scores) = self._fill_scored(

@@ -112,9 +112,10 @@ class Engine:
         phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         scored: Sequence[bool] = (False, True),
         plain: Sequence[bool] = (True, False),
+        sizes: Sequence[int] = (),
     ) -> Engine:
         """Run every graph (`Board.warm`) once, so that nothing compiles while somebody waits; then serve."""
-        self.board.warm(phase, scored, plain)
+        self.board.warm(phase, scored, plain, sizes)
         self._thread.start()
         return self
 
@@ -261,10 +262,11 @@ class Engine:
         for slot, running in list(self._running.items()):
             if reason := running.handle.overdue:
                 self._finish(slot, reason)
-            elif running.length > self.longest:
-                self._roll(slot)
         if reading := [slot for slot, running in self._running.items() if running.reading]:
             self._read(self._whose_turn(reading))
+        for slot, running in self._running.items():
+            if running.length > self.longest:
+                self._roll(slot)
         if writing := [slot for slot, running in self._running.items() if not running.reading]:
             self._write(writing)
 

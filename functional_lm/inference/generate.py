@@ -27,7 +27,8 @@ from functional_lm.model.linear import precision
 from functional_lm.model.transformer import forward_cached, hidden, project_logits
 from functional_lm.tree import Tree
 
-CHUNK = 64  # tokens that one prefill call takes; the cache's length is a multiple of it
+# Tokens that one prefill call takes, a graph each. A processor is busy with 64; a shorter prompt need not wait as long.
+CHUNKS, ACCELERATOR_CHUNKS = (16, 64), (32, 128, 512)
 
 
 class Slots(NamedTuple):
@@ -63,6 +64,21 @@ def score(logits: Float[Tensor, "N V"], tokens: Int[Tensor, "N"]) -> Scores:
     likely = torch.log_softmax(logits.float(), -1)
     values, ids = likely.topk(min(ALTERNATIVES, likely.shape[-1]), -1)
     return Scores(likely.gather(-1, tokens[:, None])[:, 0], values, ids)
+
+
+def chunks(config: ModelConfig, device: torch.device) -> tuple[int, ...]:
+    """How many tokens calls of `prefill` take, from few to many; the cache's length is a multiple of the last.
+
+    A prompt is read in the largest, and its rest in the smallest that holds it: two prompts that begin with the same
+    whole chunks have read them by the same calls, and so to the same bits.
+    """
+    sizes = CHUNKS if device.type == "cpu" else ACCELERATOR_CHUNKS
+    return tuple(sorted({min(size, config.max_len) for size in sizes}))
+
+
+def fitting(rest: int, sizes: tuple[int, ...]) -> int:
+    """The chunk in which the next of `rest` tokens are read."""
+    return next((size for size in sizes if size >= rest), sizes[-1])
 
 
 def prefill(
@@ -294,14 +310,14 @@ def _penalties(prompt: list[int], vocab_size: int, options: GenerateOptions, dev
 
 
 def read(params: Tree, tokens: list[int], run: Decoder, device: torch.device) -> tuple[Tree, Float[Tensor, "1 V"]]:
-    """A fresh cache of one slot that holds `tokens`, and the logits behind them; chunk by chunk, one shape."""
-    chunk = min(CHUNK, run.config.max_len)
-    rows = -(-run.config.max_len // chunk) * chunk
+    """A fresh cache of one slot that holds `tokens`, and the logits behind them; chunk by chunk."""
+    sizes = chunks(run.config, device)
+    rows = -(-run.config.max_len // sizes[-1]) * sizes[-1]
     cache = kv.init(run.config, 1, rows, precision(params["model"]["embed_tokens"]), device)
     logits = None
-    for start in range(0, len(tokens), chunk):
-        part = tokens[start : start + chunk]
-        padded = torch.tensor([part + [0] * (chunk - len(part))], device=device)
+    for start in range(0, len(tokens), sizes[-1]):
+        part = tokens[start : start + sizes[-1]]
+        padded = torch.tensor([part + [0] * (fitting(len(part), sizes) - len(part))], device=device)
         at, last = torch.tensor([start], device=device), torch.tensor([len(part) - 1], device=device)
         cache, logits = run.prefill(cache, params, padded, at, last)
     assert logits is not None
