@@ -69,7 +69,11 @@ def theirs(folder: Path, dtype: str, batch: int, count: int) -> Callable[[Texts]
             ids = torch.tensor(texts[start : start + batch])
             with torch.no_grad():
                 made = model.generate(
-                    ids, torch.ones_like(ids), cache_implementation="static", compile_config=how, **settings
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    cache_implementation="static",
+                    compile_config=how,
+                    **settings,
                 )
             said += made[:, PROMPT:].tolist()
         return said
