@@ -17,8 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from functional_lm import keys
+from functional_lm import arithmetic, keys
 from functional_lm.errors import UsageError
+from functional_lm.threefry import counters
 
 SETTINGS = settings(max_examples=40, deadline=None)
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -202,7 +203,7 @@ def test_blocks_of_an_eager_draw_leave_no_trace(seed: int, size: int, block: int
 
 def test_counters_go_on_beyond_32_bits() -> None:
     for start in (2**31 - 2, 2**32 - 2, 2**40 + 2**32 - 1):
-        high, low = keys._counters(start, start + 4, torch.device("cpu"))
+        high, low = counters(start, start + 4, torch.device("cpu"))
         high = high if isinstance(high, Tensor) else torch.zeros(4, dtype=torch.int32)
         assert ((high.long() << 32) | (low.long() & 0xFFFFFFFF)).tolist() == list(range(start, start + 4))
 
@@ -302,7 +303,9 @@ def test_uniform_rounds_the_exact_value_once(seed: int, dtype: torch.dtype, data
 def test_both_forms_of_scaling_agree(seed: int, low: float, high: float) -> None:
     mantissa = keys.bits(keys.key(seed), (100,)) & 0x7FFFFF
     bounds = torch.tensor(low), torch.tensor(high)
-    assert torch.equal(keys._scale(mantissa, *bounds, torch.float32), keys._scale_in_halves(mantissa, *bounds))
+    assert torch.equal(
+        arithmetic.scale(mantissa, *bounds, torch.float32), arithmetic.scale_in_halves(mantissa, *bounds)
+    )
 
 
 @SETTINGS

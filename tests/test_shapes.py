@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from beartype import BeartypeConf, beartype
 
-ROOMS = ("functional_lm.model", "functional_lm.inference", "functional_lm.keys", "functional_lm.tree")
+ROOMS = tuple(f"functional_lm.{room}" for room in ("model", "inference", "keys", "threefry", "arithmetic", "tree"))
 PASSED = "every hint held"
 
 # PEP 484's numeric tower, as type checkers read it: an int is a float.
