@@ -82,6 +82,17 @@ def verified(folder: Path, name: str, format: int) -> dict[str, Any]:
     return notes
 
 
+def reason(folder: Path, name: str, format: int) -> str | None:
+    """Why a sealed folder cannot be used, beginning with its path; None if it can. Raises LaterFormat."""
+    try:
+        verified(folder, name, format)
+    except LaterFormat:
+        raise
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, lengths and times of a folder's files: as long as they stay, nobody has written to it."""
     entries = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -69,10 +69,8 @@ def differential(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
     first, tried = wrap(beginning), wrap(tried)
 
     def init(key: Tensor, start: Tree) -> Population:
-        common.check_tree(start)
-        zero = torch.zeros((), dtype=torch.int64, device=key.device)
-        worst = common.worst(key).double()
-        return Population(key, zero, start, start, worst, first(key, start), members.unmeasured(key, count))
+        head = common.begun(key, start, torch.float64)
+        return Population(*head, first(key, start), members.unmeasured(key, count))
 
     def asked(state: Population) -> Tree:
         if int(state.generation) == 0:
@@ -90,7 +88,7 @@ def differential(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
         known = torch.where(better, measured, state.fitness)
         return Population(state.key, state.generation + 1, members.mean(now), best, best_fitness, now, known)
 
-    return Strategy("differential-evolution", count, init, ask, tell, common.as_it_stands, common.plain)
+    return Strategy("differential-evolution", count, init, ask, tell)
 
 
 def trial(key: Tensor, i: Int[Tensor, ""], now: Tree, best: Tree, settings: Settings) -> Tree:

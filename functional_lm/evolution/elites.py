@@ -83,12 +83,11 @@ def map_elites(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
     first, born = wrap(first), wrap(born)
 
     def init(key: Tensor, start: Tree) -> Archive:
-        common.check_tree(start)
-        zero = torch.zeros((), dtype=torch.int64, device=key.device)
+        head = common.begun(key, start, torch.float64)
         elites = tree.map(lambda leaf: leaf.expand(grid.cells, *leaf.shape).clone(), start)
         empty = members.unmeasured(key, grid.cells)
         kinds = torch.zeros((grid.cells, len(grid.bins)), dtype=torch.float64, device=key.device)
-        return Archive(key, zero, start, start, common.worst(key).double(), elites, empty, kinds)
+        return Archive(*head, elites, empty, kinds)
 
     def asked(state: Archive) -> Tree:
         if not bool(torch.isfinite(state.fitness).any()):
@@ -109,10 +108,10 @@ def map_elites(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
         filled = torch.where(better, value, state.fitness)
         return Archive(state.key, state.generation + 1, best, best, best_fitness, elites, filled, kinds)
 
-    return Strategy(
-        "map-elites", count, init, ask, tell, common.as_it_stands, common.plain, 1 + len(grid.bins),
-        lambda state: figures(state.fitness),
-    )  # fmt: skip
+    def told(state: Archive) -> dict[str, float]:
+        return figures(state.fitness)
+
+    return Strategy("map-elites", count, init, ask, tell, figures=1 + len(grid.bins), told=told)
 
 
 def figures(fitness: Float[Tensor, "C"]) -> dict[str, float]:

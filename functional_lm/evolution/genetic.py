@@ -73,9 +73,7 @@ def genetic(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
     first, following = wrap(first), wrap(following)
 
     def init(key: Tensor, start: Tree) -> Population:
-        common.check_tree(start)
-        zero = torch.zeros((), dtype=torch.int64, device=key.device)
-        return Population(key, zero, start, start, common.worst(key), first(key, start))
+        return Population(*common.begun(key, start), first(key, start))
 
     def ask(state: Population) -> Candidates:
         return Candidates({}, {}, state.members)
@@ -88,7 +86,7 @@ def genetic(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
         centre = tree.map(lambda leaf: leaf[order[0]], state.members)
         return Population(state.key, state.generation + 1, centre, best, best_fitness, members)
 
-    return Strategy("genetic", count, init, ask, tell, common.as_it_stands, common.plain)
+    return Strategy("genetic", count, init, ask, tell)
 
 
 def beginning(key: Tensor, start: Tree, settings: Settings) -> Tree:

@@ -111,10 +111,9 @@ def estimating(
     constants = {**NUMBERS, **(numbers or {})}
 
     def init(key: Tensor, start: Tree) -> Search:
-        common.check_tree(start)
+        head = common.begun(key, start)
         known = {name: torch.tensor(float(value), device=key.device) for name, value in sorted(constants.items())}
-        zero = torch.zeros((), dtype=torch.int64, device=key.device)
-        return Search(key, zero, start, start, common.worst(key), optimizer.init(start), known)
+        return Search(*head, optimizer.init(start), known)
 
     def one(centre: Tree, key: Tensor, amount: Tensor) -> Tree:
         return perturbation.put(centre, perturbation.draw(key, common.shapes_of(centre)), amount)

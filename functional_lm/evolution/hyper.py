@@ -207,7 +207,7 @@ def pbt(
         states = tree.map(lambda leaf: leaf[parents], state.states)._replace(key=state.states.key)
         return Population(state.key, state.generation + 1, centre, best, best_fitness, _with(states, after))
 
-    return Strategy("pbt", settings.population, init, ask, tell, common.as_it_stands, common.plain)
+    return Strategy("pbt", settings.population, init, ask, tell)
 
 
 def _with(states: TrainState, numbers: Numbers) -> TrainState:

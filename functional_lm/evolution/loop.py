@@ -195,23 +195,15 @@ def save(out: Path, outcome: Outcome, keep: int) -> Path:
 
 def reason(path: Path) -> str | None:
     """Why a checkpoint cannot be gone on from, None if it can. Raises `seal.LaterFormat` for a later version's."""
-    try:
-        seal.verified(path, NOTES, FORMAT)
-    except seal.LaterFormat:
-        raise
-    except DataError as error:
-        return str(error)
-    return None
+    return seal.reason(path, NOTES, FORMAT)
 
 
 def newest(out: Path) -> Path | None:
     """The newest whole checkpoint; damaged ones are named, and kept."""
-    for path in reversed(checkpoints.listing(out / "checkpoints")):
-        why = reason(path)
-        if why is None:
-            return path
-        console.say(f"passing over a damaged checkpoint, which is kept: {why}")
-    return None
+    path, damaged = checkpoints.newest_whole(out / "checkpoints", reason)
+    for entry in damaged:
+        console.say(f"passing over a damaged checkpoint, which is kept: {entry.reason}")
+    return path
 
 
 def resumed(

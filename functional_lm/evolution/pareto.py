@@ -64,10 +64,8 @@ def nsga2(settings: genetic.Settings, objectives: int, wrap: Wrap = unwrapped) -
     first, born = wrap(first), wrap(born)
 
     def init(key: Tensor, start: Tree) -> Population:
-        common.check_tree(start)
-        zero = torch.zeros((), dtype=torch.int64, device=key.device)
-        unknown = members.unmeasured(key, count, objectives)
-        return Population(key, zero, start, start, common.worst(key).double(), first(key, start), unknown)
+        head = common.begun(key, start, torch.float64)
+        return Population(*head, first(key, start), members.unmeasured(key, count, objectives))
 
     def asked(state: Population) -> Tree:
         if int(state.generation) == 0:
@@ -90,10 +88,10 @@ def nsga2(settings: genetic.Settings, objectives: int, wrap: Wrap = unwrapped) -
         centre = tree.map(lambda new, old: torch.where(some, new, old), middle, state.centre)
         return Population(state.key, state.generation + 1, centre, best, best_fitness, now, kept)
 
-    return Strategy(
-        "nsga2", count, init, ask, tell, common.as_it_stands, common.plain, objectives,
-        lambda state: {"front": int(front(state.figures).sum())},
-    )  # fmt: skip
+    def told(state: Population) -> dict[str, float]:
+        return {"front": int(front(state.figures).sum())}
+
+    return Strategy("nsga2", count, init, ask, tell, figures=objectives, told=told)
 
 
 def usable(figures: Float[Tensor, "N O"]) -> Float[Tensor, "N O"]:

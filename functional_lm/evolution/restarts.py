@@ -89,13 +89,11 @@ def restarting(
     search = _searches(sigma, dtype, separable)
 
     def init(key: Tensor, start: Tree) -> State:
-        common.check_tree(start)
+        head = common.begun(key, start, dtype)
         vector.check_size(name, tree.size(start), None if separable else vector.FULL_LIMIT)
         at = vector.ravel(start, dtype)
-        zero = torch.zeros((), dtype=torch.int64, device=key.device)
         run = _first(at, population, sigma, doublings)
-        distribution = search(at, population).init(at)
-        return State(key, zero, start, start, common.worst(key).to(dtype), distribution, at, run)
+        return State(*head, search(at, population).init(at), at, run)
 
     def draws(state: State, first: int, last: int) -> Float[Tensor, "Q D"]:
         """The noise of some parts of the present generation."""
@@ -140,7 +138,7 @@ def restarting(
         centre = vector.unravel(distribution.mean, state.centre)
         return state._replace(centre=centre, distribution=distribution, run=run)
 
-    return Strategy(name, population, init, ask, tell, common.as_it_stands, common.plain, told=figures)
+    return Strategy(name, population, init, ask, tell, told=figures)
 
 
 def figures(state: State) -> dict[str, float]:

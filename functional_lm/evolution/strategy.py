@@ -53,6 +53,16 @@ class State(Protocol):
     def best_fitness(self) -> Tensor: ...
 
 
+def as_it_stands(shared: Tree, own: Tree) -> Tree:
+    """The `member` of strategies whose candidates are plain trees."""
+    return own
+
+
+def plain(candidates: Candidates, index: int) -> Tree:
+    """The `dense` of those."""
+    return tree.index(candidates.own, index)
+
+
 def nothing(state: Any) -> dict[str, float]:
     return {}
 
@@ -68,20 +78,10 @@ class Strategy(NamedTuple):
     init: Callable[[Tensor, Tree], Any]
     ask: Callable[[Any], Candidates]
     tell: Callable[[Any, Tensor], Any]
-    member: Callable[[Tree, Tree], Tree]
-    dense: Callable[[Candidates, int], Tree]
+    member: Callable[[Tree, Tree], Tree] = as_it_stands
+    dense: Callable[[Candidates, int], Tree] = plain
     figures: int = 1
     told: Callable[[Any], dict[str, float]] = nothing
-
-
-def as_it_stands(shared: Tree, own: Tree) -> Tree:
-    """The `member` of strategies whose candidates are plain trees."""
-    return own
-
-
-def plain(candidates: Candidates, index: int) -> Tree:
-    """The `dense` of those."""
-    return tree.index(candidates.own, index)
 
 
 def unmoved(population: int = 1) -> Strategy:
@@ -90,7 +90,7 @@ def unmoved(population: int = 1) -> Strategy:
     def never(*_: Any) -> Any:
         raise TypeError("a strategy that only measures neither asks nor tells")
 
-    return Strategy("unmoved", population, never, never, never, as_it_stands, plain)
+    return Strategy("unmoved", population, never, never, never)
 
 
 def shape_of_fitness(strategy: Strategy) -> tuple[int, ...]:
@@ -107,6 +107,17 @@ def evaluate(strategy: Strategy, candidates: Candidates, function: Callable[[Tre
     if strategy.figures > 1:
         return torch.tensor([[float(figure) for figure in row] for row in values], dtype=torch.float64)
     return torch.tensor([float(value) for value in values], dtype=torch.float64)
+
+
+def begun(
+    key: Tensor, start: Tree, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tree, Tree, Float[Tensor, ""]]:
+    """What every state begins with: the key, generation 0, `start` as centre and as best, whose fitness is unknown.
+
+    `dtype` is that of the fitness. Raises UsageError for a tree that holds nothing to evolve.
+    """
+    check_tree(start)
+    return key, torch.zeros((), dtype=torch.int64, device=key.device), start, start, worst(key).to(dtype)
 
 
 def improved(state: State, fitness: Float[Tensor, "P"], candidate: Callable[[Tensor], Tree]) -> tuple[Tree, Tensor]:

@@ -77,11 +77,8 @@ def particle_swarm(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
     first, flown = wrap(beginning), wrap(flown)
 
     def init(key: Tensor, start: Tree) -> Swarm:
-        common.check_tree(start)
-        zero = torch.zeros((), dtype=torch.int64, device=key.device)
-        places = first(key, start)
-        rest, unknown = tree.zeros_like(places), members.unmeasured(key, count)
-        return Swarm(key, zero, start, start, common.worst(key).double(), places, rest, places, unknown)
+        head, places = common.begun(key, start, torch.float64), first(key, start)
+        return Swarm(*head, places, tree.zeros_like(places), places, members.unmeasured(key, count))
 
     def ask(state: Swarm) -> Candidates:
         return Candidates({}, {}, state.places)
@@ -97,7 +94,7 @@ def particle_swarm(settings: Settings, wrap: Wrap = unwrapped) -> Strategy:
             state.key, state.generation + 1, members.mean(own), best, best_fitness, places, speeds, own, known
         )  # fmt: skip
 
-    return Strategy("pso", count, init, ask, tell, common.as_it_stands, common.plain)
+    return Strategy("pso", count, init, ask, tell)
 
 
 def speed(key: Tensor, x: Tree, v: Tree, own: Tree, top: Tree, settings: Settings) -> Tree:

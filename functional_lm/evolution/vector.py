@@ -75,11 +75,9 @@ def over_vectors(
         return search(tree.size(like), dtype)
 
     def init(key: Tensor, start: Tree) -> State:
-        common.check_tree(start)
+        head = common.begun(key, start, dtype)
         check_size(name, tree.size(start), limit)
-        zero = torch.zeros((), dtype=torch.int64, device=key.device)
-        distribution = made(start).init(ravel(start, dtype))
-        return State(key, zero, start, start, common.worst(key).to(dtype), distribution)
+        return State(*head, made(start).init(ravel(start, dtype)))
 
     def draws(state: State) -> Float[Tensor, "P D"]:
         return drawn(common.generation_key(state), population, tree.size(state.centre), dtype)
@@ -101,7 +99,7 @@ def over_vectors(
         centre = unravel(own.mean(distribution), state.centre)
         return State(state.key, state.generation + 1, centre, best, best_fitness, distribution)
 
-    return Strategy(name, population, init, ask, tell, common.as_it_stands, common.plain)
+    return Strategy(name, population, init, ask, tell)
 
 
 def check_size(name: str, size: int, limit: int | None) -> None:

@@ -104,13 +104,7 @@ class Damaged(NamedTuple):
 
 def reason(path: Path) -> str | None:
     """Why a checkpoint cannot be gone on from, None if it can. Raises `seal.LaterFormat` for a later version's."""
-    try:
-        seal.verified(path, NOTES, FORMAT)
-    except seal.LaterFormat:
-        raise
-    except DataError as error:
-        return str(error)
-    return None
+    return seal.reason(path, NOTES, FORMAT)
 
 
 def newest(checkpoints: str | Path) -> tuple[Path | None, list[Damaged]]:
@@ -119,16 +113,22 @@ def newest(checkpoints: str | Path) -> tuple[Path | None, list[Damaged]]:
     None if there is no checkpoint at all. Raises DataError if there are and none is valid, naming what is wrong with
     each, and where the newest is of a later version.
     """
+    path, damaged = newest_whole(checkpoints, reason)
+    if damaged and path is None:
+        reasons = "; ".join(why for _, why in damaged)
+        raise DataError(f"no checkpoint in {checkpoints} is whole: {reasons}; restore one, or --overwrite the run")
+    return path, damaged
+
+
+def newest_whole(checkpoints: str | Path, reason: Callable[[Path], str | None]) -> tuple[Path | None, list[Damaged]]:
+    """The newest checkpoint for which there is no `reason` against it, and the damaged ones that are newer."""
     damaged: list[Damaged] = []
     for path in reversed(listing(checkpoints)):
         why = reason(path)
         if why is None:
             return path, damaged
         damaged.append(Damaged(path, why))
-    if damaged:
-        reasons = "; ".join(why for _, why in damaged)
-        raise DataError(f"no checkpoint in {checkpoints} is whole: {reasons}; restore one, or --overwrite the run")
-    return None, []
+    return None, damaged
 
 
 def listing(checkpoints: str | Path) -> list[Path]:
