@@ -11,7 +11,7 @@ EPOCHS = 3.0  # where no length is given
 
 
 @dataclass(frozen=True)
-class ChatFlags:
+class ConversationFlags:
     """The model, and the conversations that it learns from."""
 
     model: str = option(REQUIRED, "model folder to go on from", aliases=("model_path",))
@@ -68,12 +68,12 @@ class LoraFlags:
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(AdaptationFlags, PackingFlags, ChatFlags):
+class FinetuneOptions(AdaptationFlags, PackingFlags, ConversationFlags):
     """Flags of `finetune`."""
 
 
 @dataclass(frozen=True)
-class LoraOptions(LoraFlags, AdaptationFlags, PackingFlags, ChatFlags):
+class LoraOptions(LoraFlags, AdaptationFlags, PackingFlags, ConversationFlags):
     """Flags of `lora-finetune`."""
 
     out: str = option("runs/lora", "run folder to write, an adapter", aliases=("output_dir",))
@@ -82,7 +82,7 @@ class LoraOptions(LoraFlags, AdaptationFlags, PackingFlags, ChatFlags):
 
 
 @dataclass(frozen=True)
-class DpoOptions(LoraFlags, AdaptationFlags, ChatFlags):
+class DpoOptions(LoraFlags, AdaptationFlags, ConversationFlags):
     """Flags of `dpo`."""
 
     data: str = option(

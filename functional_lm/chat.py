@@ -10,33 +10,17 @@ from typing import Any
 
 from functional_lm import console, sampling_settings
 from functional_lm.cli import Command, main_single
-from functional_lm.generate import DTYPES
-from functional_lm.options import REQUIRED, option
+from functional_lm.decoding_flags import DecodingFlags
+from functional_lm.options import option
 
 
 @dataclass(frozen=True)
-class ChatFlags:
+class ChatFlags(DecodingFlags):
     """Flags of `chat`."""
 
-    model: str = option(REQUIRED, "model folder", aliases=("model_path",))
-    adapter: str | None = option(None, "adapter folder (PEFT's form) to merge into the model")
-    any_base: bool = option(False, "use an adapter that was trained on another base all the same")
     system: str | None = option(None, "what the model is told before the conversation")
     max_tokens: int = option(200, "longest answer", low=1, aliases=("max_new_tokens",))
-    temperature: float | None = option(
-        None, "0: always the likeliest token; the model's own (generation_config.json), or 0.8", low=0, group="Sampling"
-    )
-    top_k: int | None = option(
-        None, "draw from the k likeliest tokens; the model's own, or 0, which is off", low=0, group="Sampling"
-    )
-    top_p: float | None = option(
-        None, "draw from the likeliest tokens that hold this mass; the model's own, or 1", above=0, high=1,
-        group="Sampling",
-    )  # fmt: skip
     seed: int = option(0, "seed of the draws", low=0, group="Sampling")
-    dtype: str = option("auto", "precision of weights and cache", choices=DTYPES, group="Machine")
-    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), group="Machine")
-    compile: bool = option(True, "compile prefill and decoding (eager where no C++ compiler is found)", group="Machine")
 
 
 def run(options: ChatFlags) -> int:

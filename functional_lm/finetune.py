@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     from functional_lm.training.step import Training
     from functional_lm.tree import Tree
 
-Options = (
-    Any  # FinetuneOptions, LoraOptions or DpoOptions: the flags that they share are AdaptationFlags' and ChatFlags'
-)
+Options = Any  # FinetuneOptions, LoraOptions or DpoOptions, which share AdaptationFlags and ConversationFlags
 
 
 class Data(NamedTuple):

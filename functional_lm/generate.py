@@ -10,35 +10,21 @@ from typing import Any
 
 from functional_lm import console
 from functional_lm.cli import Command, main_single
+from functional_lm.decoding_flags import DecodingFlags
 from functional_lm.errors import UsageError
-from functional_lm.options import REQUIRED, option
-
-DTYPES = ("auto", "float32", "bfloat16")
+from functional_lm.options import option
 
 
 @dataclass(frozen=True)
-class GenerateFlags:
+class GenerateFlags(DecodingFlags):
     """Flags of `generate`."""
 
-    model: str = option(REQUIRED, "model folder", aliases=("model_path",))
-    adapter: str | None = option(None, "adapter folder (PEFT's form) to merge into the model")
-    any_base: bool = option(False, "use an adapter that was trained on another base all the same")
     prompt: str = option("", "text to go on from; empty: the beginning of a document")
     prompts: str | None = option(
         None, "file of prompts instead (.jsonl: rows with a prompt and settings of their own; else a prompt a line)"
     )
     slots: int = option(8, "with --prompts: texts that are written at once", low=1, high=1024)
     max_tokens: int = option(200, "longest continuation", low=1, aliases=("max_new_tokens",))
-    temperature: float | None = option(
-        None, "0: always the likeliest token; the model's own (generation_config.json), or 0.8", low=0, group="Sampling"
-    )
-    top_k: int | None = option(
-        None, "draw from the k likeliest tokens; the model's own, or 0, which is off", low=0, group="Sampling"
-    )
-    top_p: float | None = option(
-        None, "draw from the likeliest tokens that hold this mass; the model's own, or 1", above=0, high=1,
-        group="Sampling",
-    )  # fmt: skip
     min_p: float | None = option(
         None, "draw from tokens at least so likely, as a share of the likeliest; the model's own, or 0", low=0, high=1,
         group="Sampling",
@@ -59,9 +45,6 @@ class GenerateFlags:
         0, "read so many tokens ahead where a text repeats itself; what is written stays the same", low=0, high=64,
         group="Machine",
     )  # fmt: skip
-    dtype: str = option("auto", "precision of weights and cache", choices=DTYPES, group="Machine")
-    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), group="Machine")
-    compile: bool = option(True, "compile prefill and decoding (eager where no C++ compiler is found)", group="Machine")
 
 
 def run(options: GenerateFlags) -> int:

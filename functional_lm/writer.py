@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from functional_lm import compile as compiling
 from functional_lm import console, folder, kernels
+from functional_lm.decoding_flags import DecodingFlags
 from functional_lm.inference.engine import Engine
 from functional_lm.inference.generate import fitting
 from functional_lm.inference.requests import Request
@@ -18,10 +19,6 @@ from functional_lm.model.compute import decoding_copy
 from functional_lm.model.config import ModelConfig
 from functional_lm.text.tokenizer import Tokenizer
 from functional_lm.tree import Tree
-
-if TYPE_CHECKING:
-    from functional_lm.chat import ChatFlags
-    from functional_lm.generate import GenerateFlags
 
 
 class Opened(NamedTuple):
@@ -33,7 +30,7 @@ class Opened(NamedTuple):
     compile: bool
 
 
-def opened(options: GenerateFlags | ChatFlags) -> Opened:
+def opened(options: DecodingFlags) -> Opened:
     """The model, its adapter and the machine that the flags name."""
     device = compiling.resolve_device(options.device)
     dtype = compiling.resolve_dtype(options.dtype, device)
