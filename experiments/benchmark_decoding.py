@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import turns
 
 # name: layers, width, heads, key/value heads, feed-forward, vocabulary
 SHAPES = {
@@ -144,14 +144,7 @@ def worker(side: str, folder: str, weights: str, slots: int) -> None:
     step, size = (ours if side == "ours" else llama)(Path(folder), weights, slots)
     for _ in range(5):
         step()
-    print(json.dumps({"bytes": size}), flush=True)
-    for _ in sys.stdin:
-        times = []
-        for _ in range(STEPS):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        print(json.dumps(times), flush=True)
+    turns.serve({"bytes": size}, lambda: turns.timed(step, STEPS))
 
 
 def bandwidth() -> float:
@@ -159,33 +152,16 @@ def bandwidth() -> float:
     import torch
 
     big = torch.ones(2**28)
-    found = []
-    for _ in range(7):
-        start = time.perf_counter()
-        big.sum()
-        found.append(time.perf_counter() - start)
-    return 2**30 / min(found)
+    return 2**30 / min(turns.timed(big.sum, 7))
 
 
 def compare(folder: Path, weights: str, slots: int, rounds: int) -> dict[str, float]:
-    sides = {}
-    for side in ("ours", "llama"):
-        command = [sys.executable, __file__, "--worker", side, str(folder), weights, str(slots)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        sides[side] = process, json.loads(process.stdout.readline())["bytes"]
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, (process, _) in sides.items():
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            times[side] += json.loads(process.stdout.readline())
-    for process, _ in sides.values():
-        process.communicate()
-    median = {side: statistics.median(found) for side, found in times.items()}
-    return {"ours": slots / median["ours"], "llama": slots / median["llama"], "rate": sides["ours"][1] / median["ours"]}
+    """Tokens a second of both, and the bytes of weights that our step reads in a second."""
+    command = [sys.executable, __file__, "--worker"]
+    sides = {side: turns.started([*command, side, str(folder), weights, str(slots)]) for side in ("ours", "llama")}
+    median = {side: statistics.median(chain.from_iterable(found)) for side, found in turns.taken(sides, rounds).items()}
+    size = sides["ours"].head["bytes"]
+    return {"ours": slots / median["ours"], "llama": slots / median["llama"], "rate": size / median["ours"]}
 
 
 def main() -> None:

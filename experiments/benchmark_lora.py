@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import turns
 from torch import Tensor
 
 from functional_lm import compile as compiling
@@ -62,15 +61,6 @@ def side(config: ModelConfig, batch: dict[str, Tensor], adapter: tuple[int, list
     return once, tree.size(params), tree.nbytes((state.params, state.optimizer))
 
 
-def timed(once: Callable[[], float], count: int) -> list[float]:
-    found = []
-    for _ in range(count):
-        start = time.perf_counter()
-        once()
-        found.append(time.perf_counter() - start)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="nano,small")
@@ -91,10 +81,10 @@ def main() -> None:
         adapter, numbers, size = side(config, batch, (given.rank, given.targets.split(",")))
         times: dict[Any, list[float]] = {full: [], adapter: []}
         for once in times:
-            timed(once, 1 + WARM)
+            turns.timed(once, 1 + WARM)
         for _ in range(given.rounds):
             for once, found in times.items():
-                found += timed(once, given.steps)
+                found += turns.timed(once, given.steps)
         whole, part = (1e3 * statistics.median(found) for found in times.values())
         count, length = SHAPES[name]
         print(

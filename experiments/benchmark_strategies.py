@@ -10,14 +10,13 @@ compiled as `evolve` compiles it, evosax by jax.jit; EvoTorch runs as its README
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
+
+import turns
 
 STRATEGIES = ("snes", "sep-cma-es", "openai-es", "cma-es", "xnes")
 MATRICES = ("cma-es", "xnes")  # D² numbers
@@ -115,44 +114,18 @@ def worker(side: str, name: str, size: int, population: int) -> None:
     generation = SIDES[side](name, size, population)
     for _ in range(3):
         generation()
-    print(json.dumps("ready"), flush=True)
-    for _ in sys.stdin:
-        times = []
-        for _ in range(GENERATIONS):
-            start = time.perf_counter()
-            generation()
-            times.append(time.perf_counter() - start)
-        print(json.dumps(times), flush=True)
+    turns.serve("ready", lambda: turns.timed(generation, GENERATIONS))
 
 
 def compare(interpreters: dict[str, str], name: str, size: int, population: int, rounds: int) -> dict[str, float]:
     """Milliseconds of a generation by side."""
-    processes = {}
-    for side, python in interpreters.items():
-        command = [python, __file__, "--worker", side, name, str(size), str(population)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        processes[side] = process
-        _answer(process)
-    times: dict[str, list[float]] = {side: [] for side in processes}
-    for _ in range(rounds):
-        for side, process in processes.items():
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            times[side] += _answer(process)
-    for process in processes.values():
-        process.communicate()
-    return {side: 1e3 * statistics.median(found) for side, found in times.items()}
-
-
-def _answer(process: subprocess.Popen[str]) -> Any:
-    assert process.stdout is not None
-    for line in process.stdout:  # EvoTorch logs here
-        with contextlib.suppress(json.JSONDecodeError):
-            return json.loads(line)
-    raise SystemExit("a side ended before its time; run it with --worker to see why")
+    sides = {
+        side: turns.started([python, __file__, "--worker", side, name, str(size), str(population)], quiet=True)
+        for side, python in interpreters.items()
+    }
+    return {
+        side: 1e3 * statistics.median(chain.from_iterable(found)) for side, found in turns.taken(sides, rounds).items()
+    }
 
 
 def main() -> None:

@@ -15,15 +15,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import platform
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import turns
 
 RESET = Path("/proc/self/clear_refs")
 # name: layers, width, heads, block, batch, vocabulary, steps a round
@@ -99,22 +100,17 @@ def worker(side: str, shape: str, checkout: str) -> None:
     """Answer each line on standard input with a round of step times, as JSON."""
     with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints
         once, count = ours(shape) if side == "functional_lm" else nanogpt(shape, checkout)
-    start = time.perf_counter()
-    once()
-    first = time.perf_counter() - start
+    (first,) = turns.timed(once, 1)
     for _ in range(5):
         once()
     gc.collect()
     if RESET.exists():
         RESET.write_text("5")  # Linux: the peak from here on, so that compiling does not count as training
-    print(json.dumps({"parameters": count, "first": first}), flush=True)
-    for _ in sys.stdin:
-        times = []
-        for _ in range(SHAPES[shape][-1]):
-            start = time.perf_counter()
-            once()
-            times.append(time.perf_counter() - start)
-        print(json.dumps({"times": times, "peak_mib": peak_mib()}), flush=True)
+
+    def answer() -> dict[str, Any]:
+        return {"times": turns.timed(once, SHAPES[shape][-1]), "peak_mib": peak_mib()}
+
+    turns.serve({"parameters": count, "first": first}, answer)
 
 
 def peak_mib() -> float:
@@ -130,23 +126,13 @@ def compare(shape: str, checkout: str, rounds: int) -> dict[str, dict[str, float
     for side in ("functional_lm", "nanogpt"):  # one after the other: compiling takes all cores
         command = [sys.executable, __file__, "--worker", side, "--shapes", shape, "--nanogpt", checkout]
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)  # fills its caches
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        sides[side] = process, json.loads(process.stdout.readline())
-    result: dict[str, dict[str, float]] = {side: dict(head) for side, (_, head) in sides.items()}
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, (process, _) in sides.items():
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            times[side] += answer["times"]
-            result[side]["peak_mib"] = answer["peak_mib"]
-    for side, (process, _) in sides.items():
-        process.communicate()
-        result[side]["ms"] = 1e3 * statistics.median(times[side])
+        sides[side] = turns.started(command)
+    result = {}
+    for side, answers in turns.taken(sides, rounds).items():
+        times = [seconds for answer in answers for seconds in answer["times"]]
+        result[side] = {
+            **sides[side].head, "peak_mib": answers[-1]["peak_mib"], "ms": 1e3 * statistics.median(times)
+        }  # fmt: skip
     return result
 
 
