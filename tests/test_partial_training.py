@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from steps import T, V, close, rows, same
 from strategies import assert_trees_close, weights
-from test_step import T, V, close, rows, same
 
 from functional_lm import compile as compiling
 from functional_lm import keys, tree

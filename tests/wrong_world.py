@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_train import FLAGS, command
+from runs import FLAGS, command
 
 from functional_lm import files, folder, tree
 from functional_lm.text import dataset
