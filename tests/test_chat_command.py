@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import command, one_line
 from test_chat import TEXT
+from training_runs import command, one_line
 
 from functional_lm import folder, keys
 from functional_lm.model import transformer

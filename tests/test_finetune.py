@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, contents, lines, losses, one_line, read
+from training_runs import command, contents, lines, losses, one_line, read
 
 import functional_lm as flm
 from functional_lm import folder, keys, tree

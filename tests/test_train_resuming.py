@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import (
+from training_runs import (
     ARCHITECTURE,
     FLAGS,
     WRITING,

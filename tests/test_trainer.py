@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import FLAGS, contents, lines, losses, one_line, pretrain, read, text
+from training_runs import FLAGS, contents, lines, losses, one_line, pretrain, read, text
 
 import functional_lm
 from functional_lm import run_best, training_flags, tree

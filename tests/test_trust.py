@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from faults import CODES
-from runs import FLAGS, contents, cut_back, equal_runs, lines, losses, one_line, pretrain, read, run, text
+from training_runs import FLAGS, contents, cut_back, equal_runs, lines, losses, one_line, pretrain, read, run, text
 
 from functional_lm import disk, files, run_folder, training_flags, tree
 from functional_lm.__main__ import COMMANDS

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import FLAGS, command
+from training_runs import FLAGS, command
 
 from functional_lm import files, folder, tree
 from functional_lm.text import dataset

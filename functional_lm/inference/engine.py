@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from functional_lm.compile import release_threads
 from functional_lm.errors import UsageError
 from functional_lm.inference.board import Board, told
 from functional_lm.inference.entries import Entries
@@ -116,6 +117,7 @@ class Engine:
     ) -> Engine:
         """Run every graph (`Board.warm`) once, so that nothing compiles while somebody waits; then serve."""
         self.board.warm(phase, scored, plain, sizes)
+        release_threads()
         self._thread.start()
         return self
 
