@@ -85,6 +85,11 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) + compile_store.loaded()
 
 
+def forget() -> None:
+    """Let go of all that was compiled in this process; what is called again is compiled, or read from the store."""
+    torch._dynamo.reset()
+
+
 def obstacle(device: torch.device | str) -> str | None:
     """Why code for `device` cannot be compiled here, and the remedy; None if it can.
 

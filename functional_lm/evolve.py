@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, evolve_flags, files, run_folder
+from functional_lm import console, evolve_checks, evolve_flags, files, run_folder
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolution import ranks
@@ -38,15 +38,18 @@ if TYPE_CHECKING:
 def run(options: EvolveFlags) -> int:
     """The whole job; returns the exit code. Wrong flags and bad data are refused before anything is written."""
     with ranks.joined(options.device, options.rank_timeout) as group:
-        evolve_flags.check(options)
+        evolve_checks.check(options)
         if options.action == "replay":
             return _replay(options) if group.first else 0
         from functional_lm.text import corpus
 
         out = Path(options.out)
         found = group.in_turn("find", lambda: corpus.find(str(options.data)))
-        if group.count > 1 and options.space == "hyper":
-            raise UsageError("--space hyper trains its members in one process; start it without torchrun")
+        if group.count > 1 and options.strategy == "pbt":
+            raise UsageError(
+                "--strategy pbt goes on with the weights of its members, which ranks do not exchange; start it without "
+                "torchrun, or choose another strategy"
+            )
         if not group.first:
             return _evolve(_on_this_machine(options), found, out, group)
         if options.overwrite:
@@ -154,9 +157,12 @@ def _share(options: EvolveFlags, evolution: Evolution, journal: Journal | None, 
     """What this rank measures. Chunks are as large as the flag says, or as they were, or as memory and ranks allow."""
     from functional_lm.evolution import population
 
-    if options.space == "hyper":
-        return population.share(options.population)
-    size = chunk_of(options, evolution, tokens)
+    if options.space in evolve_flags.TRAINING:
+        from functional_lm import evolve_trained
+
+        size = evolve_trained.chunk_of(options, evolution.model, group.count)
+    else:
+        size = chunk_of(options, evolution, tokens)
     if options.chunk_size == "auto":
         size = journal.header["chunk"] if journal else min(size, max(1, options.population // group.count))
     return population.share(options.population, size, group.rank, group.count)
@@ -257,16 +263,17 @@ def _run(
     first = int(state.generation)
 
     def advance(state: Any, number: int) -> Any:
-        if number != first or not options.compile or options.space != "hyper":
+        if number != first or not options.compile or options.strategy != "pbt":
             return task.advance(state, number)
         with console.announced("compiling the population's training"):
             return task.advance(state, number)
 
     def measure(candidates: Candidates, number: int) -> Tensor:
         if number != first or not options.compile:
-            return group.together(task.measure(candidates, number))
-        with console.announced("compiling the population's evaluation"):
-            return group.together(task.measure(candidates, number))
+            return task.placed(group.together(task.measure(candidates, number)), candidates)
+        alone = options.space not in evolve_flags.TRAINING or options.strategy == "pbt"
+        with console.announced(f"compiling the population's {'' if alone else 'training and '}evaluation"):
+            return task.placed(group.together(task.measure(candidates, number)), candidates)
 
     def agree(ended: str | None) -> str | None:
         """Rank 0 decides; a signal that came to any of them ends all."""
@@ -325,7 +332,7 @@ def _replay(options: EvolveFlags) -> int:
         evolution.model.tokenizer.save(temporary)
         evolution.write(temporary, written)
     console.say(
-        f"{len(journal.generations)} generations {'trained' if began.space == 'hyper' else 'told'} again, "
+        f"{len(journal.generations)} generations {'trained' if began.strategy == 'pbt' else 'told'} again, "
         "nothing measured; "
         + ("the weights are those of the run, bit for bit" if same else _unlike(journal, end is not None))
     )
@@ -336,9 +343,9 @@ def _replay(options: EvolveFlags) -> int:
 @contextmanager
 def _trained(
     options: EvolveFlags, evolution: Evolution, journal: Journal
-) -> Iterator[tuple[Callable[[Any, int], Any], Callable[[Tree], Tree]]]:
+) -> Iterator[tuple[Callable[[Any, int], Any], Callable[[Tree], Any]]]:
     """What brings a state to where it was measured, and leaves to what is written: nothing, but where both train."""
-    if options.space != "hyper":
+    if options.space not in evolve_flags.TRAINING:
         yield (lambda state, number: state), (lambda leaves: leaves)
         return
     from functional_lm.text import corpus

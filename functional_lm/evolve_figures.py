@@ -1,12 +1,13 @@
-"""What a run of several figures leaves beside its winner: the front, or the archive, as numbers and as a picture."""
+"""What a run leaves beside its winner: the front, the archive, or the architectures tried; numbers and a picture."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, evolve_flags, files
+from functional_lm import console, evolve_choices, evolve_flags, files
 from functional_lm.evolve_flags import EvolveFlags
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def report(options: EvolveFlags, state: Any, out: Path) -> dict[str, Any]:
-    """More for summary.json; `front.png` or `archive.png`. Nothing of strategies of one figure."""
+    """More for summary.json; `front.png`, `archive.png` or `architectures.png`. Nothing of other runs."""
+    if options.space == "architecture":
+        return _architectures(options, out)
     if options.strategy == "nsga2":
         return _front(options, state, out)
     return _archive(options, state, out) if options.strategy == "map-elites" else {}
@@ -76,6 +79,42 @@ def _archive(options: EvolveFlags, state: Archive, out: Path) -> dict[str, Any]:
 
     _picture(out / "archive.png", draw)
     return {"cells": len(state.fitness), "archive": cells}
+
+
+def _architectures(options: EvolveFlags, out: Path) -> dict[str, Any]:
+    """Every architecture that was tried, the best first, with its best fitness and how often it was trained."""
+    from functional_lm.evolution import journal as journals
+    from functional_lm.training import record
+
+    choices = evolve_choices.parse(options.choices)
+    generations = [journals.fitness_of(entry) for entry in journals.read(out / journals.NAME).generations]
+    points: list[tuple[int, float, int]] = []
+    best: dict[tuple[Any, ...], float] = {}
+    times: Counter[tuple[Any, ...]] = Counter()
+    for row in record.read(out / "metrics.jsonl"):
+        for member, value in enumerate(generations[row["generation"] - 1]):
+            size = int(row["parameters"][member])
+            name = (size, *(choice.shown(row[choice.name][member]) for choice in choices))
+            times[name] += 1
+            if math.isfinite(value):
+                points.append((size, value, row["generation"]))
+                best[name] = max(value, best.get(name, -math.inf))
+    order = sorted(best, key=lambda name: -best[name])
+
+    def draw(axes: Axes) -> None:
+        sizes, values, numbers = zip(*points)
+        dots = axes.scatter(sizes, values, c=numbers, s=14)
+        axes.set(xscale="log", xlabel="parameters", ylabel=options.fitness, title=out.name)
+        axes.grid(alpha=0.3)
+        axes.figure.colorbar(dots, label="generation")
+
+    if points:
+        _picture(out / "architectures.png", draw)
+    names = ("parameters", *(choice.name for choice in choices))
+    return {
+        "tried": len(times),
+        "architectures": [{**dict(zip(names, one)), "fitness": best[one], "times": times[one]} for one in order],
+    }
 
 
 def _picture(path: Path, draw: Any) -> None:

@@ -21,9 +21,11 @@ BASES = ("rand", "best", "current-to-best")
 RESTARTING = ("cma-es", "sep-cma-es")
 RESTARTS = ("none", "ipop", "bipop")
 ANTITHETIC = ("openai-es", "eggroll")
-SPACES = ("full", "lora", "merge", "decode", "hyper")
-TUNING = ("pbt", "snes", "xnes", "cma-es", "sep-cma-es")  # strategies of space hyper
+SPACES = ("full", "lora", "merge", "decode", "hyper", "architecture")
+TRAINING = ("hyper", "architecture")  # spaces whose members are trainings
+SEARCHING = ("snes", "xnes", "cma-es", "sep-cma-es", "differential-evolution", "pso")  # their strategies, and pbt
 TUNED = ("learning_rate", "weight_decay", "beta1", "beta2", "momentum", "grad_clip")
+LEAST_STEP = 0.1  # of sigma between choices, which are 1 apart
 MEASURED = ("loss", "bits", "accuracy")
 SHAPINGS = ("centered_rank", "z_score", "nes")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -37,6 +39,7 @@ FIXED = (
     "restarts", "de_base", "de_weight", "de_crossover", "inertia", "cognitive", "social",
     "descriptor", "bins", "ranges", "line", "batches",
     "models", "method", "groups", "base", "density", "settings",
+    "choices", "max_parameters", "equal_compute",
 )  # fmt: skip
 
 
@@ -58,7 +61,10 @@ class EvolveFlags:
         "loss, bits (per byte) or accuracy, all of the next token; exact (match), or module:function of answers; "
         "for nsga2 several of them, commas between",
     )
-    space: str = option("lora", "what is evolved: the model's leaves, or an adapter", choices=SPACES, group="Space")
+    space: str = option(
+        "lora", "what is evolved: leaves, an adapter, a merge, settings, numbers of training, a shape", choices=SPACES,
+        group="Space",
+    )  # fmt: skip
     leaves: tuple[str, ...] = option(("*",), "leaves to evolve, of space full: globs over paths", group="Space")
     rank: int = option(1, "rank of the adapter and of eggroll's noise", low=1, group="Space")
     alpha: float | None = option(
@@ -117,12 +123,21 @@ class EvolveFlags:
     mutation_rate: float = option(0.1, "share of them", low=0, high=1, group="Genetic")
     strength: float = option(0.1, "size of the noise, in spreads of the tensor", above=0, group="Genetic")
     tuned: tuple[str, ...] = option(("learning_rate",), "numbers of training that differ", choices=TUNED, group="Hyper")
-    steps: int = option(50, "steps of training in a generation", low=1, group="Hyper")
+    steps: int = option(50, "steps of training in a generation", low=1, aliases=("train_steps",), group="Hyper")
     spread: float = option(10.0, "members begin within this factor of each number", low=1, group="Hyper")
     exploit: float = option(0.2, "share that goes on from the best", above=0, high=0.5, group="Hyper")
     perturb: float = option(1.2, "their numbers times or divided by this", low=1, group="Hyper")
     resample: float = option(0.25, "or drawn anew, with this probability", low=0, high=1, group="Hyper")
     fresh: bool = option(False, "begin at new weights of the model's architecture", group="Hyper")
+    choices: tuple[str, ...] = option(
+        (), "what may differ of the model's configuration: fields, or mlp_factor (d_ff / d_model), with their values",
+        group="Architecture", metavar="NAME=A:B:C,...",
+    )  # fmt: skip
+    max_parameters: int | None = option(None, "largest model of them", low=1, group="Architecture")
+    equal_compute: bool = option(
+        False, "as many operations for each as --steps of the first one: small models make more steps",
+        group="Architecture",
+    )  # fmt: skip
     de_base: str = option(
         "rand", "what a scaled difference of two members is added to", choices=BASES, group="Differential evolution"
     )
@@ -171,107 +186,9 @@ class EvolveFlags:
     overwrite: bool = option(False, "replace a run that --out already holds", group="Records")
 
 
-def check(flags: EvolveFlags) -> None:
-    """Contradictions, each flag being right by itself. Raises UsageError."""
-    if flags.action == "replay" or flags.journal is not None:
-        if flags.action != "replay":
-            raise UsageError("--journal belongs to replay: evolve replay JOURNAL")
-        if flags.journal is None:
-            raise UsageError("evolve replay needs the journal: evolve replay RUN/journal.jsonl --out DIR")
-        return
-    for name in ("data",) if flags.space == "merge" else ("model", "data"):
-        if getattr(flags, name) is None:
-            raise UsageError(f"--{name} is required")
-    _check_merge(flags)
-    _check_decode(flags)
-    paired = flags.strategy == "mezo" or (flags.strategy in ANTITHETIC and flags.antithetic)
-    if flags.population < 2 or (paired and flags.population % 2):
-        what = "odd; antithetic pairs need an even one, or --antithetic false" if flags.population > 1 else "too small"
-        raise UsageError(f"--population {flags.population} is {what}")
-    if flags.strategy == "genetic" and flags.elites >= flags.population:
-        raise UsageError(f"--elites {flags.elites} leave no room in a --population of {flags.population}")
-    if flags.strategy == "differential-evolution" and flags.population < 4:
-        raise UsageError(f"--population {flags.population} is too small; a trial needs 3 members besides its own")
-    if flags.space != "lora" and flags.adapter is not None:
-        raise UsageError(f"--adapter is evolved in --space lora, not in {flags.space}")
-    if flags.space != "full" and flags.leaves != ("*",):
-        other = {"lora": "--targets", "merge": "--groups"}.get(flags.space, "none")
-        raise UsageError(f"--leaves chooses in --space full; {flags.space} has {other}")
-    _check_hyper(flags)
-    if flags.noise == "regenerated" and flags.strategy not in ESTIMATING:
-        raise UsageError(f"--noise regenerated is for {' and '.join(ESTIMATING)}; {flags.strategy} stores its members")
-    if flags.restarts != "none" and flags.strategy not in RESTARTING:
-        raise UsageError(
-            f"--restarts are for {' and '.join(RESTARTING)}; {flags.strategy} does not converge as they do"
-        )
-    if flags.chunk_size != "auto" and not (flags.chunk_size.isdecimal() and int(flags.chunk_size) > 0):
-        raise UsageError(f"--chunk_size is {flags.chunk_size!r}; it is auto or a whole number above 0")
-    _check_figures(flags)
-
-
-def _check_merge(flags: EvolveFlags) -> None:
-    if flags.space == "merge":
-        if flags.model is not None:
-            raise UsageError("--space merge takes --models A,B and no --model")
-        if not flags.models:
-            raise UsageError("--space merge needs --models A,B: the folders to merge")
-        return
-    for name, usual in (("models", ()), ("method", "linear"), ("groups", "*"), ("base", None), ("density", None)):
-        if getattr(flags, name) != usual:
-            raise UsageError(f"--{name} belongs to --space merge, not to {flags.space}")
-
-
-def _check_decode(flags: EvolveFlags) -> None:
-    if flags.space != "decode":
-        if flags.settings != tuple(USUAL):
-            raise UsageError(f"--settings belongs to --space decode, not to {flags.space}")
-        return
-    if not all(map(answers, figures(flags))):
-        raise UsageError(f"--space decode changes answers alone; --fitness is {flags.fitness}: give exact or "
-                         "module:function")  # fmt: skip
-    if flags.temperature:
-        raise UsageError("--temperature is evolved in --space decode; it begins at the model's own")
-    if not flags.settings or len(set(flags.settings)) < len(flags.settings):
-        raise UsageError(f"--settings is {','.join(flags.settings) or 'empty'}; name each setting once")
-
-
 def origin(flags: EvolveFlags) -> str:
     """What is evolved, by its folders."""
     return str(flags.model) if flags.model is not None else ", ".join(flags.models)
-
-
-def _check_hyper(flags: EvolveFlags) -> None:
-    if flags.space != "hyper" and flags.strategy == "pbt":
-        raise UsageError(f"--strategy pbt trains: it is for --space hyper, not {flags.space}")
-    if flags.space != "hyper":
-        for name in ("tuned", "steps", "spread", "exploit", "perturb", "resample", "fresh"):
-            if getattr(flags, name) != getattr(EvolveFlags, name):
-                raise UsageError(f"--{name} is of --space hyper, not of {flags.space}")
-        return
-    if flags.strategy not in TUNING:
-        raise UsageError(f"--space hyper is searched by {', '.join(TUNING)}, not by {flags.strategy}")
-    if flags.fitness not in MEASURED:
-        raise UsageError(f"--space hyper is measured by {', '.join(MEASURED)}, not by {flags.fitness}")
-    if flags.chunk_size != "auto":
-        raise UsageError("--space hyper trains all members at once; leave --chunk_size out")
-    for name in flags.tuned:
-        if getattr(flags, name) == 0:
-            raise UsageError(f"--tuned {name} is searched by factors, and begins at 0; give --{name} another")
-
-
-def _check_figures(flags: EvolveFlags) -> None:
-    objectives = flags.fitness.split(",")
-    for flag, names in (("fitness", objectives), ("descriptor", flags.descriptor)):
-        for name in names:
-            if name not in (*MEASURED, "exact") and ":" not in name:
-                raise UsageError(f"--{flag} is {name!r}; it is {', '.join(MEASURED)}, exact or module:function")
-    if (flags.strategy == "nsga2") != (len(objectives) > 1):
-        what = "needs several" if flags.strategy == "nsga2" else "takes one"
-        raise UsageError(f"{flags.strategy} {what} --fitness, and {flags.fitness!r} names {len(objectives)}")
-    if (flags.strategy == "map-elites") != bool(flags.descriptor):
-        raise UsageError("--descriptor and --strategy map-elites go together")
-    if flags.descriptor:
-        grid(flags)
 
 
 def grid(flags: EvolveFlags) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:

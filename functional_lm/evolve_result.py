@@ -50,6 +50,10 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
     if generations:
         summary |= evolve_figures.report(options, state, out)
     files.write_json(out / "summary.json", summary)
+    if options.space == "architecture":
+        shown = ", ".join(f"{name} {value}" for name, value in (summary["architecture"] | summary["numbers"]).items())
+        tried = f"{summary['tried']} architectures tried; " if generations else ""
+        console.say(f"{tried}kept: {shown}; {summary['parameters']:,} parameters, {summary['steps']} steps")
     if generations:
         record.plot(out, f"fitness ({evolve_flags.figures(options)[0]})")
     use = f"{evolution.use} {out} --prompt TEXT"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from functional_lm import evolve_flags
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_strategies import of_members
 
@@ -35,7 +36,7 @@ class Evolution(NamedTuple):
     space: Space
     strategy: Strategy
     digest: str  # of the model's parameters
-    write: Callable[[Path, Tree], None]  # a folder with what was evolved
+    write: Callable[[Path, Any], None]  # a folder with what was evolved
     use: str  # the command that goes on with such a folder, without its prompt
     what: str  # "model" or "adapter"
     facts: Callable[[Journal, str, Tree], Mapping[str, Any]] = no_facts  # more for summary.json, of what is kept
@@ -67,10 +68,11 @@ def evolution_of(options: EvolveFlags) -> Evolution:
             f"{GENERATE} {options.model} --adapter",
             "adapter",
         )
-    if options.space == "hyper":
-        from functional_lm import evolve_hyper
+    if options.space in evolve_flags.TRAINING:
+        from functional_lm import evolve_hyper, evolve_trained
 
-        return evolve_hyper.evolution_of(options, model, digest, GENERATE)
+        found = evolve_hyper if options.strategy == "pbt" else evolve_trained
+        return found.evolution_of(options, model, digest)
     from functional_lm.evolution import spaces
 
     space = spaces.full(model.params, options.leaves)

@@ -31,8 +31,12 @@ def nothing(state: Any) -> Mapping[str, list[float]]:
     return {}
 
 
-def as_they_are(leaves: Tree) -> Tree:
+def as_they_are(leaves: Tree) -> Any:
     return leaves
+
+
+def in_place(values: Tensor, candidates: Candidates) -> Tensor:
+    return values
 
 
 class Task(NamedTuple):
@@ -45,7 +49,8 @@ class Task(NamedTuple):
     digest: str  # of the data
     advance: Callable[[Any, int], Any] = unchanged  # what a generation does to the state before it is measured
     describe: Callable[[Any], Mapping[str, list[float]]] = nothing  # more of it for the records
-    whole: Callable[[Tree], Tree] = as_they_are  # of evolved leaves: what is written
+    whole: Callable[[Tree], Any] = as_they_are  # of evolved leaves: what is written
+    placed: Callable[[Tensor, Candidates], Tensor] = in_place  # what all ranks measured, end to end, by member
 
 
 class Source(NamedTuple):
@@ -74,13 +79,25 @@ def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path
     if not read:
         return _in_turns(options, first[0])
     source = _source(options, evolution.model, found, out, rows)
-    if options.space == "hyper":
-        from functional_lm import evolve_hyper
-
-        return evolve_hyper.task_of(options, evolution, source)
+    if options.space in evolve_flags.TRAINING:
+        return _trained(options, evolution, source, divide)
     alike = (lambda tokens: first[0].share) if first else divide
     tasks = [*first, _read(options, evolution, source, read, alike)]
     return _in_turns(options, tasks[0] if len(tasks) == 1 else _together(tasks, [answered, read], names))
+
+
+def _trained(options: EvolveFlags, evolution: Evolution, source: Source, divide: Divide) -> Task:
+    """Raises UsageError where nothing is held out."""
+    from functional_lm import evolve_hyper, evolve_trained
+
+    if not source.held:
+        raise UsageError(
+            f"--space {options.space} measures on what is held out, which is less than a row; give more text, or a "
+            f"larger --val_fraction than {options.val_fraction:g}"
+        )
+    if options.strategy == "pbt":
+        return evolve_hyper.task_of(options, evolution, source)
+    return evolve_trained.task_of(options, evolution, source, source.tokens // options.batch_size, divide)
 
 
 def _in_turns(options: EvolveFlags, made: Task) -> Task:
@@ -111,7 +128,7 @@ def _source(options: EvolveFlags, model: Model, found: Corpus, out: Path, rows: 
     from functional_lm.evolution import task
 
     device, size = torch.device(options.device), options.batch_size
-    count = options.eval_batches * (2 if options.space == "hyper" else 1)  # half of them are its fitness
+    count = options.eval_batches * (2 if options.space in evolve_flags.TRAINING else 1)  # half of them are its fitness
     if not rows:
         width = options.block_size or model.config.max_len
         if width > model.config.max_len:

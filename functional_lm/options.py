@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from functional_lm.errors import UsageError
@@ -75,9 +76,15 @@ def refusal(value: Any, about: Mapping[str, Any]) -> str | None:
 NOUNS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def check(settings: Any) -> None:
     """Hold every field of a dataclass against its type, choices and limits. Raises UsageError naming the field."""
-    hints = get_type_hints(type(settings))
+    kind_of: Any = type(settings)
+    hints = _hints(kind_of)
     for about in dataclasses.fields(settings):
         value, kind = getattr(settings, about.name), hints[about.name]
         inner = get_args(kind)

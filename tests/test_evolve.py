@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from functional_lm import evolve, evolve_flags, files, folder, keys, run_folder, tree
+from functional_lm import evolve, evolve_flags, files, folder, generate, keys, run_folder, tree
 from functional_lm.cli import main_single
 from functional_lm.errors import DataError
 from functional_lm.evolution import journal as journals
@@ -82,6 +82,18 @@ KINDS = {
         *["--space", "hyper", "--strategy", "cma-es", "--sigma", "0.5", "--steps", "2", "--val_fraction", "0.3"],
         *["--tuned", "learning_rate,beta1"],
     ],
+    "numbers of training by a swarm, in chunks": [
+        *["--space", "hyper", "--strategy", "pso", "--sigma", "0.5", "--steps", "2", "--val_fraction", "0.3"],
+        *["--tuned", "learning_rate,beta1", "--fresh", "--chunk_size", "3"],
+    ],
+    "architectures by cma-es": [
+        *["--space", "architecture", "--strategy", "cma-es", "--sigma", "0.8", "--steps", "2", "--val_fraction", "0.3"],
+        *["--choices", "n_layers=1:2,d_model=8:12:16,n_heads=2:3:4,norm=rmsnorm:layernorm", "--equal_compute"],
+    ],
+    "architectures by differential evolution, the same numbers": [
+        *["--space", "architecture", "--strategy", "differential-evolution", "--sigma", "0.8", "--steps", "2"],
+        *["--val_fraction", "0.3", "--choices", "d_model=8:16,feed_forward=gelu:swiglu", "--tuned", ""],
+    ],
     "norms by cma-es, restarts": [
         "--space",
         "full",
@@ -131,6 +143,29 @@ def test_the_winner_is_an_ordinary_folder(at: Path) -> None:
     assert folder.load(at / "model").config == base.config
     assert weights_of(at / "model") != weights_of(Path("model"))
     assert evolved(at / "further", "--adapter", at / "adapter", "--rank", "2") == 0
+
+
+def test_the_best_architecture_is_an_ordinary_folder(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is written is what the summary says, trained; `generate` takes it. Everything that was tried is written."""
+    more = ["--space", "architecture", "--strategy", "cma-es", "--sigma", "1", "--steps", "2", "--val_fraction", "0.3"]
+    more += ["--choices", "n_layers=2:3,d_model=8:12,n_heads=2:3:5,norm=layernorm", "--max_parameters", "8000"]
+    assert evolved(at / "run", *more) == 0
+    said = capsys.readouterr().out
+    assert "architectures are possible of at most 8,000 parameters" in said
+    assert "one that is not becomes the nearest that is; in none of them: n_heads 5" in said
+    found, summary = folder.load(at / "run"), files.read_json(at / "run" / "summary.json")
+    assert {name: getattr(found.config, name) for name in summary["architecture"]} == summary["architecture"]
+    assert summary["architecture"]["norm"] == "layernorm"
+    assert tree.size(found.params) == summary["parameters"] <= 8000
+    told = [value for one in journals.read(at / "run" / "journal.jsonl").generations for value in one["fitness"]]
+    tried = summary["architectures"]
+    assert sum(one["times"] for one in tried) == len(told) == summary["evaluations"]
+    assert summary["tried"] == len(tried)
+    assert tried[0]["fitness"] == pytest.approx(max(told))
+    assert (at / "run" / "architectures.png").stat().st_size > 1000
+    assert (
+        main_single(generate.COMMAND, ["--model", str(at / "run"), "--prompt", "the", "--max_tokens", "2", *EAGER]) == 0
+    )
 
 
 def test_answers_are_evolved_by_any_function(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,12 +296,45 @@ REFUSED = {
     "leaves": (["--space", "full", "--leaves", "*nose*"], "'*nose*' matches no leaf of the model"),
     "targets": (["--targets", "nose"], "the target 'nose' matches nothing"),
     "adapter": (["--space", "full", "--adapter", "x"], "--adapter is evolved in --space lora, not in full"),
-    "pbt": (["--strategy", "pbt"], "--strategy pbt trains: it is for --space hyper, not lora"),
-    "steps": (["--steps", "9"], "--steps is of --space hyper, not of lora"),
+    "pbt": (["--strategy", "pbt"], "--strategy pbt is for --space hyper, not lora: pbt trains"),
+    "steps": (["--steps", "9"], "--steps is of --space hyper and architecture, not of lora"),
     "tuned": (
         ["--space", "hyper", "--strategy", "pbt", "--tuned", "weight_decay"],
         "--tuned weight_decay is searched by factors, and begins at 0; give --weight_decay another",
     ),
+    "architectures by pbt": (
+        ["--space", "architecture", "--strategy", "pbt"],
+        "--strategy pbt is for --space hyper, not architecture",
+    ),
+    "architectures of nothing": (
+        ["--space", "architecture", "--strategy", "pso"],
+        "--space architecture needs --choices: what may differ, such as n_layers=1:2:4",
+    ),
+    "architectures a step apart": (
+        ["--space", "architecture", "--strategy", "pso", "--choices", "n_layers=1:2"],
+        "--sigma 0.02 hardly leaves the architecture that it begins at",
+    ),
+    "heads that never divide": (
+        ["--space", "architecture", "--strategy", "pso", "--sigma", "1", "--choices", "n_heads=3:5"],
+        "no architecture of --choices is possible: d_model 16 is not a multiple of n_heads 3",
+    ),
+    "too large": (
+        [
+            "--space",
+            "architecture",
+            "--strategy",
+            "pso",
+            "--sigma",
+            "1",
+            "--choices",
+            "n_layers=1:2",
+            "--max_parameters",
+            "100",
+        ],
+        "parameters, more than --max_parameters 100",
+    ),
+    "choices elsewhere": (["--choices", "n_layers=1:2"], "--choices is of --space architecture, not of lora"),
+    "nothing tuned": (["--space", "hyper", "--strategy", "pso", "--tuned", ""], "--tuned is empty; name numbers"),
     "nothing held out": (
         ["--space", "hyper", "--strategy", "pbt", "--val_fraction", "0"],
         "--space hyper measures on what is held out, which is less than a row",

@@ -248,8 +248,7 @@ def moved(numbers: Mapping[str, float], offset: Tree) -> Numbers:
     }
 
 
-def begun(functions: Training, params: Tree, key: Tensor, numbers: Numbers) -> TrainState:
-    """P trainings of one start, with numbers of their own."""
-    count = len(next(iter(numbers.values())))
+def begun(functions: Training, params: Tree, key: Tensor, numbers: Numbers, count: int) -> TrainState:
+    """`count` trainings of one start, with numbers of their own."""
     one = functions.init(params, key)
     return _with(tree.map(lambda leaf: leaf.expand(count, *leaf.shape).contiguous(), one), numbers)

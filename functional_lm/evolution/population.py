@@ -45,6 +45,8 @@ class Share(NamedTuple):
 
     size: int
     chunks: range
+    rank: int = 0
+    ranks: int = 1
 
 
 def share(population: int, size: int | None = None, rank: int = 0, ranks: int = 1) -> Share:
@@ -63,7 +65,7 @@ def share(population: int, size: int | None = None, rank: int = 0, ranks: int = 
         )
     each, more = divmod(count, ranks)
     start = rank * each + min(rank, more)
-    return Share(size, range(start, start + each + (rank < more)))
+    return Share(size, range(start, start + each + (rank < more)), rank, ranks)
 
 
 def preparation(strategy: Strategy, space: Space, dtype: torch.dtype) -> Callable[[Candidates], Prepared]:
