@@ -27,6 +27,7 @@ from functional_lm.flags import Flag, describe, nearest, parse
 from functional_lm.options import REQUIRED, limits
 
 WIDTH = 100
+LONGEST = 300  # characters of an error that nothing here has worded
 COMMON = "Every command"
 TYPES = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
 DEBUG = Flag("debug", bool, None, False, False, {"help": "print the traceback of an error"}, COMMON, "false")
@@ -176,7 +177,9 @@ def _report(error: BaseException, debug: bool) -> int:
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         line, code = f"error: {error.filename}: {error.strerror}", 1
     else:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        # A compiler's error is all that it printed.
+        said = textwrap.shorten(f"{error}".split("\n\n")[0], LONGEST, placeholder=" ...")
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {said}"
         hint = "" if debug else " (run again with --debug for the traceback)"
         line, code = f"error: {reason}{hint}", 1
     print(" ".join(line.splitlines()), file=sys.stderr)

@@ -34,6 +34,7 @@ DEBUG_HINT = "(run again with --debug for the traceback)"
         (OSError(28, "No space left on device"), 1, f"error: No space left on device {DEBUG_HINT}"),
         (OSError("odd"), 1, f"error: OSError: odd {DEBUG_HINT}"),
         (ValueError("two\nlines"), 1, f"error: ValueError: two lines {DEBUG_HINT}"),
+        (ValueError("long " * 99), 1, f"error: ValueError: {'long ' * 59}... {DEBUG_HINT}"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (BrokenPipeError(32, "Broken pipe"), 141, None),
     ],
