@@ -3,11 +3,11 @@
     python experiments/benchmark_generation.py [--shapes 109M] [--dtype bfloat16] [--requests 1,8] [--tokens 100]
         [--rounds 5]
 
-Needs `transformers`. Makes a model with random weights, exports it for transformers, and lets the two take turns in one
-process. Each request has a prompt of 100 tokens of its own and wants `--tokens` more, the likeliest ones. The engine
-gets all requests at once; transformers, whose `generate` knows no request that comes later, gets them one after the
-other, and, as a second form, as one batch, which they can only be because they have one length here. The times hold
-reading the prompts. That both are the same model is seen from the first tokens that both say.
+Needs `transformers`. Makes a model with random weights, exports it for transformers, and lets the sides take turns,
+each in a process of its own. Each request has a prompt of 100 tokens and wants `--tokens` more, the likeliest
+ones. The engine gets all requests at once; transformers, whose `generate` knows no request that comes later, gets them
+one after the other, and, as a third side, as one batch, which they can only be because they have one length here. The
+times hold reading the prompts. That all are the same model is seen from the first tokens that they say.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import turns
 from benchmark_decoding import CONTEXT, PROMPT, SHAPES, shaped
 
 Texts = list[list[int]]
+Run = Callable[[Texts], Texts]
 
 
 def prompts(count: int, vocabulary: int) -> Texts:
@@ -36,7 +38,7 @@ def prompts(count: int, vocabulary: int) -> Texts:
     return drawn
 
 
-def ours(folder: Path, dtype: str, requests: int, count: int) -> Callable[[Texts], Texts]:
+def ours(folder: Path, dtype: str, requests: int, count: int) -> Run:
     import torch
 
     from functional_lm import folder as folders
@@ -53,7 +55,7 @@ def ours(folder: Path, dtype: str, requests: int, count: int) -> Callable[[Texts
     return run
 
 
-def theirs(folder: Path, dtype: str, batch: int, count: int) -> Callable[[Texts], Texts]:
+def theirs(folder: Path, dtype: str, batch: int, count: int) -> Run:
     """transformers, `batch` texts a call."""
     import torch
     from transformers import AutoModelForCausalLM, CompileConfig
@@ -62,51 +64,49 @@ def theirs(folder: Path, dtype: str, batch: int, count: int) -> Callable[[Texts]
     how = CompileConfig(mode="default")
     how._compile_all_devices = True  # type: ignore[assignment]
     settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "eos_token_id": None}
+    settings |= {"cache_implementation": "static", "compile_config": how}
 
     def run(texts: Texts) -> Texts:
         said = []
         for start in range(0, len(texts), batch):
             ids = torch.tensor(texts[start : start + batch])
             with torch.no_grad():
-                made = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    cache_implementation="static",
-                    compile_config=how,
-                    **settings,
-                )
-            said += made[:, PROMPT:].tolist()
+                said += model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, PROMPT:].tolist()
         return said
 
     return run
 
 
-def compare(shape: str, dtype: str, requests: int, count: int, rounds: int) -> None:
-    """A row of the table for each way."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write(folder, shape)
-        ways = {
-            "functional_lm": ours(folder, dtype, requests, count),
-            "transformers, one by one": theirs(folder, dtype, 1, count),
-        }
-        if requests > 1:
-            ways["transformers, one batch"] = theirs(folder, dtype, requests, count)
-        texts = prompts(requests, SHAPES[shape][-1])
-        first = {way: run(texts) for way, run in ways.items()}
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(rounds):
-            for way, run in ways.items():
-                started = time.perf_counter()
-                run(texts)
-                times[way].append(time.perf_counter() - started)
-    median = {way: statistics.median(found) for way, found in times.items()}
-    for way, seconds in median.items():
-        alike = sum(one[:3] == other[:3] for one, other in zip(first[way], first["functional_lm"]))
-        ratio = seconds / median["functional_lm"]
+def worker(side: str, folder: str, shape: str, dtype: str, requests: int, count: int) -> None:
+    """Say the first tokens of all texts, then the seconds of each round."""
+    if side == "functional_lm":
+        run = ours(Path(folder), dtype, requests, count)
+    else:
+        run = theirs(Path(folder), dtype, 1 if "one by one" in side else requests, count)
+    texts = prompts(requests, SHAPES[shape][-1])
+    head = [text[:3] for text in run(texts)]
+
+    def once() -> float:
+        started = time.perf_counter()
+        run(texts)
+        return time.perf_counter() - started
+
+    once()
+    turns.serve(head, once)
+
+
+def compare(folder: Path, shape: str, dtype: str, requests: int, count: int, rounds: int) -> None:
+    """A row of the table for each side."""
+    names = ["functional_lm", "transformers, one by one", *(["transformers, one batch"] if requests > 1 else [])]
+    command = [sys.executable, __file__, "--worker"]
+    given = [str(folder), shape, dtype, str(requests), str(count)]
+    sides = {name: turns.started([*command, name, *given], quiet=True) for name in names}
+    median = {name: statistics.median(found) for name, found in turns.taken(sides, rounds).items()}
+    for name, seconds in median.items():
+        alike = sum(one == other for one, other in zip(sides[name].head, sides["functional_lm"].head))
         print(
-            f"| {shape} {dtype} | {requests} | {way} | {requests * count / seconds:.0f} | **{ratio:.2f}** "
-            f"| {alike} of {requests} |",
+            f"| {shape} {dtype} | {requests} | {name} | {requests * count / seconds:.0f} "
+            f"| **{seconds / median['functional_lm']:.2f}** | {alike} of {requests} |",
             flush=True,
         )
 
@@ -127,6 +127,9 @@ def write(folder: Path, shape: str) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        side, folder, shape, dtype, requests, count = sys.argv[2:]
+        return worker(side, folder, shape, dtype, int(requests), int(count))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="109M")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -139,15 +142,16 @@ def main() -> None:
     import torch
     import transformers
 
-    print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.machine()}"
-    )
+    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
+    print(f"{machine}, transformers {transformers.__version__}")
     print("| model | requests at once | | tokens/s | time beside functional_lm | same beginning |")
     print("|---|---|---|---|---|---|")
     for shape in flags.shapes.split(","):
-        for requests in map(int, flags.requests.split(",")):
-            compare(shape, flags.dtype, requests, flags.tokens, flags.rounds)
+        with tempfile.TemporaryDirectory() as name:
+            write(Path(name), shape)
+            for requests in map(int, flags.requests.split(",")):
+                compare(Path(name), shape, flags.dtype, requests, flags.tokens, flags.rounds)
+    return None
 
 
 if __name__ == "__main__":
