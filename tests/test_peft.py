@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS, assert_close, token_rows, weights
@@ -26,6 +27,8 @@ from functional_lm.model.config import ModelConfig
 from functional_lm.model.transformer import forward
 from functional_lm.text.simple import ByteTokenizer
 
+__all__ = ["hf"]  # a fixture
+
 CONFIG = ModelConfig(
     vocab_size=262, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, max_len=32, tie_embeddings=False
 )
@@ -38,12 +41,8 @@ TARGETS = {
 
 
 @pytest.fixture(scope="module")
-def libraries() -> Any:
-    reason = "peft is not installed (pip install 'functional_lm[hf]')"
-    transformers = pytest.importorskip("transformers", reason=reason)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers, pytest.importorskip("peft", reason=reason)
+def libraries(hf: Any) -> Any:
+    return hf, pytest.importorskip("peft", reason="peft is not installed (pip install 'functional_lm[hf]')")
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +63,36 @@ def trained(targets: tuple[str, ...], rslora: bool, dora: bool, rank: int = 3) -
     return made, ours.Settings(rank, 4.0, targets, 0.1, rslora, dora, "the base", tree.digest(PARAMS))
 
 
+def opened_there(libraries: Any, base: Path, adapter: Path) -> torch.Tensor:
+    """The logits of TOKENS where PEFT opens a base and an adapter folder."""
+    transformers, peft = libraries
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def made_there(libraries: Any, base: Path, adapter: Path, embeddings: bool = False, **how: Any) -> torch.Tensor:
+    """The same with an adapter that PEFT makes and saves; `embeddings` copies those of the base beside it."""
+    transformers, peft = libraries
+    config = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, task_type="CAUSAL_LM", **how)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        theirs = model.eval()(TOKENS).logits
+    model.save_pretrained(str(adapter), save_embedding_layers=embeddings)
+    return theirs
+
+
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize(("rslora", "dora"), [(False, False), (True, False), (False, True)])
 def test_an_adapter_trained_here_is_pefts(
     libraries: Any, base: Path, tmp_path: Path, name: str, rslora: bool, dora: bool
 ) -> None:
-    transformers, peft = libraries
     targets = tuple(t for t in TARGETS[name] if not (dora and "embed" in t))
     adapter, how = trained(targets, rslora, dora)
     ours.save(tmp_path, adapter, how, PARAMS)
-    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), str(tmp_path))
-    with torch.no_grad():
-        theirs = model.eval()(TOKENS).logits
+    theirs = opened_there(libraries, base, tmp_path)
     found = forward(lora.attach(PARAMS, adapter), TOKENS, CONFIG)
     assert_close(found, theirs, 1e-4)
     assert (found - forward(PARAMS, TOKENS, CONFIG)).abs().max() > 0.1
@@ -86,20 +103,13 @@ def test_an_adapter_trained_here_is_pefts(
 def test_an_adapter_of_pefts_is_ours(
     libraries: Any, base: Path, tmp_path: Path, name: str, rslora: bool, dora: bool
 ) -> None:
-    transformers, peft = libraries
     linear = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
     targets = [t for t in TARGETS[name] if t != "all-linear" and not (dora and "embed" in t)]
     targets += linear if name == "everything" else []
-    config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=targets, use_rslora=rslora, use_dora=dora, init_lora_weights=False,
-        rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.self_attn.o_proj": 1}, task_type="CAUSAL_LM",
+    theirs = made_there(
+        libraries, base, tmp_path, target_modules=targets, use_rslora=rslora, use_dora=dora,
+        rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.self_attn.o_proj": 1},
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
-    with torch.no_grad():
-        theirs = model.eval()(TOKENS).logits
-    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
     adapter = flm.load_adapter(tmp_path, PARAMS)
     assert_close(forward(lora.attach(PARAMS, adapter), TOKENS, CONFIG), theirs, 1e-4)
     assert_close(forward(lora.merge(PARAMS, adapter), TOKENS, CONFIG), theirs, 1e-4)
@@ -195,12 +205,9 @@ def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_adapter_of_an_embedding_that_is_the_output_too_is_pefts(
     libraries: Any, tied_base: Path, tmp_path: Path
 ) -> None:
-    transformers, peft = libraries
     adapter, how = trained(("embed_tokens", "q_proj"), False, False)
     ours.save(tmp_path, adapter, how, TIED)
-    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tied_base), str(tmp_path))
-    with torch.no_grad():
-        theirs = model.eval()(TOKENS).logits
+    theirs = opened_there(libraries, tied_base, tmp_path)
     found = forward(lora.attach(TIED, adapter), TOKENS, TIED_CONFIG)
     assert_close(found, theirs, 1e-4)
     assert_close(forward(lora.merge(TIED, adapter), TOKENS, TIED_CONFIG), theirs, 1e-4)
@@ -212,17 +219,8 @@ def test_an_adapter_of_an_embedding_that_is_the_output_too_is_pefts(
 def test_pefts_adapter_of_such_an_embedding_is_ours(
     libraries: Any, tied_base: Path, tmp_path: Path, copies: bool
 ) -> None:
-    transformers, peft = libraries
-    config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=["embed_tokens", "v_proj"], init_lora_weights=False,
-        ensure_weight_tying=True, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tied_base), config)
-    with torch.no_grad():
-        theirs = model.eval()(TOKENS).logits
-    model.save_pretrained(str(tmp_path), save_embedding_layers=copies)
+    how = {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True}
+    theirs = made_there(libraries, tied_base, tmp_path, copies, **how)
     assert_close(forward(lora.attach(TIED, flm.load_adapter(tmp_path, TIED)), TOKENS, TIED_CONFIG), theirs, 1e-4)
     if copies:
         with pytest.raises(DataError, match=r"brings weights of its own for '(lm_head|model\.embed_tokens)'"):
