@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from functional_lm.errors import DataError
-from functional_lm.text import corpus, dataset, document, readers
+from functional_lm.text import corpus, dataset, document, json_list, readers
 from functional_lm.text.document import Encoded, Segment, Special
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -117,9 +117,8 @@ def test_a_json_list_is_read_in_pieces_of_any_size(folder: Path, rows: list[dict
     rows = [{**row, "text": "x"} for row in rows]
     raw = json.dumps(rows, ensure_ascii=False, indent=2).encode("utf-8-sig")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "CHUNK_BYTES", chunk)
-        opened = readers.Opened(Path("any.json"), io.BytesIO(raw), io.BytesIO(raw))
-        assert list(readers._elements(readers._Ahead(opened))) == rows
+        patch.setattr(json_list, "CHUNK_BYTES", chunk)
+        assert list(json_list.elements(Path("any.json"), io.BytesIO(raw))) == rows
 
 
 def test_a_dataset_is_read_as_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,10 +179,10 @@ def test_a_bad_json_list_is_named(tmp_path: Path, text: str, complaint: str) -> 
 
 
 def test_a_mistake_far_from_the_end_is_found_without_reading_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(json_list, "CHUNK_BYTES", 1000)
     raw = io.BytesIO(b'[{"text": oops}, ' + b" " * 100_000)
     with pytest.raises(DataError, match="row 1: not JSON"):
-        list(readers._elements(readers._Ahead(readers.Opened(Path("a.json"), raw, raw))))
+        list(json_list.elements(Path("a.json"), raw))
     assert raw.tell() == 1000
 
 

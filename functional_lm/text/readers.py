@@ -1,7 +1,7 @@
 """How a file becomes documents: by its suffix, after `.gz` or `.zst` was unpacked.
 
-Tables are the places for more formats: `PACKED` (compression, by the last suffix), `READERS` (by the suffix before
-it; any other is plain text) and, in `rows.py`, `ROWS` (how a row becomes a document).
+Tables are the places for more formats: `PACKED` in `compression.py` (by the last suffix), `READERS` (by the suffix
+before it; any other is plain text) and, in `rows.py`, `ROWS` (how a row becomes a document).
 
 A reader yields one document for each row, empty ones too, so that `skip` rows can be passed over without work when an
 interrupted run goes on. It holds one row in memory (of Parquet a few hundred), of a text file one segment.
@@ -12,24 +12,24 @@ from __future__ import annotations
 import codecs
 import gzip
 import importlib.util
-import io
 import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 from functional_lm.errors import DataError
 from functional_lm.text import rows as rows_of
 from functional_lm.text import storage
+from functional_lm.text.compression import PACKED, unpacked
 from functional_lm.text.document import Document, Encoded
+from functional_lm.text.json_list import elements
 
 SEGMENT_BYTES = 1 << 20  # a longer text is read in several segments
-CHUNK_BYTES = 1 << 20
 SEGMENT_TOKENS = 1 << 20
 PARQUET_ROWS = 256
 NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}  # packages of the extra `data`, by suffix
@@ -47,7 +47,7 @@ def read(path: Path, skip: int = 0) -> Iterator[tuple[Document, int]]:
     Raises DataError naming the file, and the line or row, for what is damaged, cut off or no text.
     """
     reader = READERS.get(_suffixes(path)[0], _read_text)
-    with _explained(path), open(path, "rb") as raw, _unpacked(path, raw) as stream:
+    with _explained(path), open(path, "rb") as raw, unpacked(_suffixes(path)[1], raw) as stream:
         for document in reader(Opened(path, raw, stream), skip):
             yield document, raw.tell()
 
@@ -67,7 +67,7 @@ def rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     reader = ROW_READERS.get(_suffixes(path)[0])
     if reader is None:
         raise DataError(f"{path}: rows are read from {', '.join(ROW_READERS)}, not from {path.suffix or 'a text'}")
-    with _explained(path), open(path, "rb") as raw, _unpacked(path, raw) as stream:
+    with _explained(path), open(path, "rb") as raw, unpacked(_suffixes(path)[1], raw) as stream:
         yield from (found for found in reader(Opened(path, raw, stream), 0, whole) if found)
 
 
@@ -103,62 +103,6 @@ def _explained(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-# Compression --------------------------------------------------------------------------------------------------------
-
-
-def _unpacked(path: Path, raw: IO[bytes]) -> AbstractContextManager[IO[bytes]]:
-    return PACKED.get(_suffixes(path)[1], _as_it_is)(raw)
-
-
-@contextmanager
-def _as_it_is(raw: IO[bytes]) -> Iterator[IO[bytes]]:
-    yield raw  # and leave closing to who opened it
-
-
-def _gzip(raw: IO[bytes]) -> AbstractContextManager[IO[bytes]]:
-    return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-
-
-def _zstd(raw: IO[bytes]) -> AbstractContextManager[IO[bytes]]:
-    return cast(IO[bytes], io.BufferedReader(_Zstd(raw), CHUNK_BYTES))
-
-
-class _Zstd(io.RawIOBase):
-    """Zstandard frames one after another; unlike the package's own reader it notices a frame that is cut off."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard
-
-        self._raw, self._error = raw, zstandard.ZstdError
-        self._unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: Any = None  # the decompressor of the frame that has begun
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            packed = packed or self._raw.read(CHUNK_BYTES // 8)
-            if self._frame is None or self._frame.eof:
-                self._frame = self._unpacker.decompressobj() if packed else None
-            if self._frame is None:
-                return 0
-            if not packed:
-                raise EOFError("a Zstandard frame has no end")
-            try:
-                self._ready = memoryview(self._frame.decompress(packed))
-            except self._error as error:
-                raise EOFError(str(error)) from error
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-
-PACKED: dict[str, Callable[[IO[bytes]], AbstractContextManager[IO[bytes]]]] = {".gz": _gzip, ".zst": _zstd}
-
-
 # Text ---------------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +113,7 @@ class LongText:
     path: Path
 
     def __iter__(self) -> Iterator[str]:
-        with _explained(self.path), open(self.path, "rb") as raw, _unpacked(self.path, raw) as stream:
+        with _explained(self.path), open(self.path, "rb") as raw, unpacked(_suffixes(self.path)[1], raw) as stream:
             yield from _segments(stream, str(self.path))
 
 
@@ -237,75 +181,8 @@ def _parse(line: str, where: str) -> Any:
 
 
 def _read_json(opened: Opened, skip: int, convert: Convert = rows_of.document) -> Iterator[Any]:
-    for number, row in enumerate(_elements(_Ahead(opened)), 1):
+    for number, row in enumerate(elements(opened.path, opened.stream), 1):
         yield convert(row, f"{opened.path}, row {number}") if number > skip else ()
-
-
-class _Ahead:
-    """Text of a stream, as much of it as is needed: `text[place:]` is what was read and not used."""
-
-    def __init__(self, opened: Opened) -> None:
-        self.path, self._stream = opened.path, opened.stream
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._offset = 0
-        self.text, self.place = "", 0
-
-    def more(self) -> bool:
-        """Read on, at least as much as there is: what has to be parsed again doubles each time."""
-        chunk = self._stream.read(max(CHUNK_BYTES, len(self.text) - self.place))
-        held = len(self._decoder.getstate()[0])
-        try:
-            text = self._decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            place = self._offset - held + error.start
-            raise DataError(f"{self.path}: byte {place} is not UTF-8; convert the file") from None
-        self._offset += len(chunk)
-        self.text, self.place = self.text[self.place :] + text, 0
-        return bool(chunk)
-
-    def next(self) -> str:
-        """The next character that is no white space (it stays), "" at the end."""
-        while True:
-            while self.place < len(self.text) and self.text[self.place] in " \t\r\n":
-                self.place += 1
-            if self.place < len(self.text):
-                return self.text[self.place]
-            if not self.more():
-                return ""
-
-
-def _elements(ahead: _Ahead) -> Iterator[Any]:
-    """The elements of a JSON list, each parsed when it is due."""
-    if ahead.next() != "[":
-        raise DataError(f"{ahead.path}: a JSON list of rows was expected (one row a line is .jsonl; text is .txt)")
-    ahead.place += 1
-    number, ended = 0, ahead.next() == "]"
-    while not ended:
-        number += 1
-        ahead.next()
-        yield _element(ahead, f"{ahead.path}, row {number}")
-        if ahead.next() not in ("]", ","):
-            raise DataError(f"{ahead.path}, row {number}: not JSON (a comma or the list's end has to follow)")
-        ended = ahead.text[ahead.place] == "]"
-        ahead.place += not ended
-    ahead.place += 1
-    if ahead.next():
-        raise DataError(f"{ahead.path}: something follows the list's end")
-
-
-def _element(ahead: _Ahead, where: str) -> Any:
-    decoder = json.JSONDecoder()
-    while True:
-        try:
-            value, ahead.place = decoder.raw_decode(ahead.text, ahead.place)
-            return value
-        except json.JSONDecodeError as error:
-            # An error far from the end of what was read does not go away when more is read.
-            cut_off = error.msg.startswith("Unterminated string") or error.pos > len(ahead.text) - 16
-            if not (cut_off and ahead.more()):
-                raise DataError(f"{where}: not JSON ({error.msg})") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list in a list in a list
-            raise DataError(f"{where}: not JSON ({error})") from None
 
 
 def _read_parquet(opened: Opened, skip: int, convert: Convert = rows_of.document) -> Iterator[Any]:
@@ -316,20 +193,23 @@ def _read_parquet(opened: Opened, skip: int, convert: Convert = rows_of.document
         raise DataError(f"{opened.path}: Parquet is compressed inside; unpack the file and give it as .parquet")
     try:
         file = parquet.ParquetFile(opened.raw, pre_buffer=False)
-        fields = rows_of.fields_of(file.schema_arrow.names, str(opened.path))
-        number = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if number + rows <= skip:
-                number += rows
-                continue
-            for batch in file.iter_batches(PARQUET_ROWS, [group], list(fields), use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    if number > skip:
-                        yield convert(row, f"{opened.path}, row {number}")
+        fields = list(rows_of.fields_of(file.schema_arrow.names, str(opened.path)))
+        for number, row in _parquet_rows(file, fields, skip):
+            yield convert(row, f"{opened.path}, row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{opened.path} is no Parquet file or damaged ({' '.join(str(error).split())})") from error
+
+
+def _parquet_rows(file: Any, fields: list[str], skip: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows behind the first `skip`, with their numbers from 1; groups of rows before them are not read."""
+    first = 1
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        if first + count - 1 > skip:
+            batches = file.iter_batches(PARQUET_ROWS, [group], fields, use_threads=False)
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((number, row) for number, row in enumerate(rows, first) if number > skip)
+        first += count
 
 
 def _read_dataset(opened: Opened, skip: int) -> Iterator[Document]:
