@@ -1,1 +1,1 @@
-"""Doors to other programs: Hugging Face in and out."""
+"""Doors to other programs: models of Hugging Face and adapters of PEFT in and out, GGUF out."""

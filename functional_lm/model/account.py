@@ -11,13 +11,8 @@ from functional_lm.model.config import LONG, ModelConfig
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 FLOAT32 = WIDTHS["float32"]
-EAGER = {
-    "swiglu": 13,
-    "gelu": 13,
-    "gelu_erf": 3,
-    "relu": 3,
-    "relu2": 6,
-}  # numbers an eager step keeps for each of F; measured
+# Numbers that an eager step keeps for each of F; measured.
+EAGER = {"swiglu": 13, "gelu": 13, "gelu_erf": 3, "relu": 3, "relu2": 6}
 
 
 class Part(NamedTuple):
@@ -58,6 +53,7 @@ def parts(config: ModelConfig) -> list[Part]:
 
 
 def parameters(config: ModelConfig) -> int:
+    """How many numbers the tree holds that `init` makes; a tied output is counted once."""
     return sum(part.parameters for part in parts(config))
 
 

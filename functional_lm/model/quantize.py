@@ -101,6 +101,7 @@ def dequantize(params: Tree, dtype: torch.dtype = torch.float32) -> Tree:
 
 
 def is_quantized(params: Tree) -> bool:
+    """Whether any matrix of a whole tree is quantised; `packed.is_quantized` asks of one."""
     return any(name.endswith(".qweight") for name in tree.flatten(params))
 
 

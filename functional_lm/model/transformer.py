@@ -290,6 +290,7 @@ def forward(
 
     `tokens` are integers below V, T at most `config.max_len`; `key` turns dropout on; `documents` [B, T] numbers the
     packed documents of a row, which then do not see each other. The logits have the parameters' dtype.
+    Raises UsageError for more tokens than a learned table has positions.
     """
     x, _ = hidden(params, tokens, config, key, documents)
     return project_logits(params, x, config)

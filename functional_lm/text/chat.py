@@ -25,6 +25,8 @@ ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
 
 
 class Turn(NamedTuple):
+    """Who speaks, and what."""
+
     role: str  # a key of MARKERS
     content: str
 

@@ -42,6 +42,8 @@ HEAVIEST = 1000
 
 
 class Part(NamedTuple):
+    """A file of a source, and how often its documents are seen (`selection.copies`)."""
+
     path: Path
     weight: float
 

@@ -52,6 +52,7 @@ class _Broken(Exception):
 
 
 def is_address(item: str) -> bool:
+    """Whether a source is an `http(s)` address, and no path."""
     return ADDRESS.match(item) is not None
 
 

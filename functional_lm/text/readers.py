@@ -36,6 +36,8 @@ NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}  # packages of the extra `d
 
 
 class Opened(NamedTuple):
+    """A file that is being read."""
+
     path: Path
     raw: IO[bytes]  # the file itself; its place tells how far reading has come
     stream: IO[bytes]  # its contents, unpacked
@@ -81,6 +83,7 @@ def check(path: Path) -> None:
 
 
 def is_dataset(path: Path) -> bool:
+    """Whether a file holds tokens already, by its name."""
     return path.suffix == ".bin"
 
 

@@ -27,6 +27,7 @@ NAME = re.compile(r"step-(\d{8,})")
 
 
 def name(step: int) -> str:
+    """The folder of a step's checkpoint; names sort as steps do up to 99999999, `listing` sorts by number."""
     return f"step-{step:08d}"
 
 
@@ -98,6 +99,8 @@ def load(path: str | Path, template: TrainState) -> tuple[TrainState, dict[str, 
 
 
 class Damaged(NamedTuple):
+    """A checkpoint that cannot be gone on from."""
+
     path: Path
     reason: str  # begins with the path
 
