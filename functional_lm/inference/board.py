@@ -97,6 +97,7 @@ class Board:
                 for size in self.sizes[-1:] if way else sizes or self.sizes:
                     with phase(f"reading {size} tokens with logprobs" if way else f"reading {size} tokens"):
                         self.read(0, (0,) * size, 0, way)
+            self.reset()  # a chunk may be the whole cache: no step follows it
             for way in plain:
                 with phase("writing" if way else "writing with penalties and logprobs"):
                     self.step([], way)
