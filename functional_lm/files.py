@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from functional_lm import disk
+from functional_lm import disk, pickles
 from functional_lm.disk import make_folder, remove, sync
 from functional_lm.errors import DataError, UsageError
 
@@ -200,6 +200,7 @@ def safetensors_header(path: str | Path) -> dict[str, dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
+        pickles.refuse(path.parent)
         raise DataError(f"no file {path}")
     whole = path.stat().st_size
     try:

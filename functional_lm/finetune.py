@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from functional_lm import console, run_folder, trainer, training_flags, training_report
+from functional_lm import console, run_end, run_folder, trainer, training_flags, training_report
 from functional_lm.adaptation_flags import (
     EPOCHS,
     AdaptationFlags,
@@ -78,7 +78,7 @@ def run(options: Options) -> int:
     options = training_flags.resolve_machine(options)
     with run_folder.held(out):
         checkpoint = run_folder.checkpoint_to_resume(options, {}, out)
-        if checkpoint is not None and run_folder.is_complete(options, checkpoint, out):
+        if checkpoint is not None and run_end.is_complete(options, checkpoint, out):
             return 0
         model = folder.load(options.model, options.device, quantized=isinstance(options, LoraFlags))
         conversations.require_markers(model.tokenizer, options.model)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_lm import files, tree
+from functional_lm import files, pickles, tree
 from functional_lm.errors import DataError
 from functional_lm.model import config as model_config
 from functional_lm.model import quantize
@@ -51,6 +51,7 @@ def load(
     """
     folder = Path(folder)
     if not folder.is_dir():
+        pickles.refuse(folder)
         raise DataError(f"no model folder at {folder}; train one with `python -m functional_lm.train --out {folder}`")
     config = model_config.read(folder / "config.json")
     plan = read_plan(folder)

@@ -183,8 +183,8 @@ def check(options: MergeFlags) -> None:
 def _check_alike(first: str, one: Model, second: str, other: Model) -> None:
     """Raise DataError unless two models have one architecture and one tokenizer."""
     mine, theirs = one.config.to_json(), other.config.to_json()
-    for field in mine.keys() - set(FREE):
-        if mine[field] != theirs[field]:
+    for field in mine:
+        if field not in FREE and mine[field] != theirs[field]:
             raise DataError(f"{field} is {_shown(mine[field])} in {first} and {_shown(theirs[field])} in {second}")
     if one.tokenizer.digest != other.tokenizer.digest:
         raise DataError(f"{first} and {second} have different tokenizers; merge models of one vocabulary")

@@ -215,50 +215,6 @@ def check_inputs(checkpoint: Path, record: Mapping[str, Any], override: bool) ->
         console.say(f"going on as another run: {'; '.join(changes)}")
 
 
-def is_complete(flags: TrainingFlags, path: Path, out: Path) -> bool:
-    """Whether there is nothing left to do; says so. Refuses another length of a run that has not come to its end."""
-    from functional_lm.training import checkpoint
-
-    notes, asked = checkpoint.notes(path), training_flags.budget(flags)
-    done, summary = notes["step"], _summary(out)
-    ended = summary is not None and summary.get("budget") == notes["run"]["budget"] and summary.get("steps") == done
-    if not ended:
-        _check_length(flags, notes["run"]["budget"], path)
-        return False
-    assert summary is not None
-    steps = None if flags.epochs or flags.minutes else flags.steps or training_flags.STEPS
-    if summary["budget"] != asked and (steps is None or done < steps):
-        return False
-    files.sweep(out)  # of a kill between the summary and the end
-    loss = summary.get("val_loss")
-    measured = "" if loss is None else f", validation loss {loss:.4f}"
-    console.say(f"{out} is trained already: {done} steps{measured}")
-    console.say("more --steps go on from there, --overwrite starts again, another --out starts beside it")
-    return True
-
-
-def _check_length(flags: TrainingFlags, before: Mapping[str, Any], path: Path) -> None:
-    """The learning rate of an unfinished run comes from its length, which may not change on the way."""
-    now = training_flags.budget(flags)
-    changes = [f"--{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
-    if not changes or not (flags.cooldown or flags.schedule in training_flags.SCHEDULES_OF_LENGTH):
-        return
-    if not flags.override:
-        raise UsageError(
-            f"{path} belongs to a run of another length ({'; '.join(changes)}), from which its learning rates come; "
-            "finish it first, or --override"
-        )
-    console.say(f"going on with learning rates of another length: {'; '.join(changes)}")
-
-
-def _summary(out: Path) -> dict[str, Any] | None:
-    try:
-        found = files.read_json(out / "summary.json")
-        return found if isinstance(found, dict) else None
-    except (OSError, ValueError):
-        return None
-
-
 def begin(
     flags: TrainingFlags,
     overrides: Mapping[str, Any],

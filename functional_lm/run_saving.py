@@ -26,8 +26,7 @@ class Trouble:
         self._said: set[str] = set()
 
     def __call__(self, error: OSError) -> None:
-        where = f"{error.filename}: " if error.filename else ""
-        line = f"{self._what} ({where}{error.strerror or error})"
+        line = f"{self._what} ({_reason(error)})"
         if self._stop:
             raise FunctionalLMError(
                 f"{line}; what was saved before is whole: the same command goes on from there when the disk is well "
@@ -80,3 +79,20 @@ def troubled(trouble: Trouble) -> Iterator[None]:
         yield
     except OSError as error:
         trouble(error)
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """What is trained and cannot be written is not lost. Raises FunctionalLMError."""
+    try:
+        yield
+    except OSError as error:
+        raise FunctionalLMError(
+            f"the model was not written ({_reason(error)}); the same command goes on from the last checkpoint when the "
+            "disk is well again"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from functional_lm import console, run_folder, trainer, training_flags, training_report
+from functional_lm import console, run_end, run_folder, trainer, training_flags, training_report
 from functional_lm.cli import Command, OptionGroup, main_single
 from functional_lm.errors import UsageError
 from functional_lm.model import config as model_config
@@ -69,7 +69,7 @@ def run(options: TrainOptions, overrides: dict[str, Any]) -> int:
     options = training_flags.resolve_machine(_resolve_vocabulary(options, overrides))
     with run_folder.held(out):
         checkpoint = run_folder.checkpoint_to_resume(options, overrides, out)
-        if checkpoint is not None and run_folder.is_complete(options, checkpoint, out):
+        if checkpoint is not None and run_end.is_complete(options, checkpoint, out):
             return 0
         tokenizer, config, params = _tokenizer_and_model(options, found, overrides, checkpoint, exactly)
         options = dataclasses.replace(options, block_size=options.block_size or config.max_len)

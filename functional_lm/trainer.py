@@ -147,10 +147,14 @@ def _train(
 
     def validate(state: TrainState) -> Values:
         losses = [job.measure(params, flags.eval_batches).loss for params in members(state, job)]
+        kept = best.value, best.step
         if flags.patience and best.observe(loop.steps_taken(state), losses[0]):
-            with troubled(trouble):
+            try:
                 check_there(out)
                 run_best.keep(out, best.step, lambda path: _save(path, state.best_params, job))
+            except OSError as error:
+                trouble(error)
+                best.value, best.step = kept  # what is not on the disk cannot be the model in the end
         return {"val_loss": losses if job.members else losses[0]}
 
     def save(state: TrainState, progress: loop.Progress) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm import console, files, trainer
+from functional_lm.run_saving import finishing
 from functional_lm.training_flags import TrainingFlags
 
 if TYPE_CHECKING:
@@ -203,16 +204,17 @@ def write(report: Report, params: Tree, job: trainer.Job, summary: Mapping[str, 
     from functional_lm.training import record
 
     out = report.out
-    if job.written is not None:
-        job.tokenizer.save(out)
-        job.written.save(out, params)
-    else:
-        folder.save(out, params, job.config, job.tokenizer)
-    files.write_json(out / "summary.json", _plain(summary))
-    curves = (out / "metrics.jsonl").exists()
-    files.write_text(out / "README.md", _card(report.data, summary, out, curves, _use(job, out)))
-    if curves:
-        record.plot(out)
+    with finishing():
+        if job.written is not None:
+            job.tokenizer.save(out)
+            job.written.save(out, params)
+        else:
+            folder.save(out, params, job.config, job.tokenizer)
+        files.write_json(out / "summary.json", _plain(summary))
+        curves = (out / "metrics.jsonl").exists()
+        files.write_text(out / "README.md", _card(report.data, summary, out, curves, _use(job, out)))
+        if curves:
+            record.plot(out)
 
 
 def _plain(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from functional_lm import files
+from functional_lm import files, pickles
 from functional_lm.errors import DataError
 
 Tree = dict[str, Any]
@@ -260,6 +260,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Tree:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
+        pickles.refuse(Path(path).parent)
         raise DataError(f"no file {path}")
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:

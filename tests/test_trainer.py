@@ -46,8 +46,14 @@ def test_epochs_are_passes_over_the_training_text(text: Path, tmp_path: Path, pa
     assert saved == [math.ceil(epoch), round(1.5 * epoch)]
 
 
+@pytest.fixture(scope="module")
+def warm(text: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The first step of a process takes seconds, whatever it is."""
+    assert pretrain(**{**QUIET, "steps": 1}, data=text, out=tmp_path_factory.mktemp("warm")) == 0
+
+
 def test_minutes_end_a_run_and_the_same_minutes_are_all_that_it_gets(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    warm: None, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, flags = tmp_path / "run", {**QUIET, "steps": None, "minutes": 0.02}
     assert pretrain(**flags, data=text, out=out) == 0
@@ -90,6 +96,49 @@ def test_patience_goes_on_after_a_resume(text: Path, tmp_path: Path) -> None:
     assert read(out / "summary.json")["best_step"] in (2, 4, 6)
     named = {read(path / "training.json")["memory"]["best"]["step"] for path in checkpoint.listing(out / "checkpoints")}
     assert {int(path.name[5:]) for path in (out / "best").iterdir()} == named
+
+
+def test_more_patience_goes_on_as_if_there_had_been_so_much_from_the_beginning(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {**QUIET, "data": text, "eval_every": 1, "eval_batches": 1, "steps": 12, "learning_rate": 3.0}
+    flags |= {"warmup_steps": 0, "grad_clip": 0, "optimizer": "sgd"}
+    early, whole = tmp_path / "early", tmp_path / "whole"
+    assert pretrain(**flags, out=whole, patience=50) == 0
+    assert pretrain(**flags, out=early, patience=2) == 0
+    ended = read(early / "summary.json")
+    assert (ended["ended"], ended["steps"] < 12) == ("patience", True)
+    capsys.readouterr()
+    for patience in (1, 2):
+        assert pretrain(**flags, out=early, patience=patience) == 0
+        said = capsys.readouterr().out
+        assert f"is trained already: {ended['steps']} steps" in said
+        assert "a larger --patience (0: none) goes on from there" in said
+    assert pretrain(**{**flags, "save_every": 5}, out=early, patience=50, keep=1) == 0
+    assert (early / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert losses(early) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("first", "same", "more"),
+    [
+        ({"steps": 3}, {"steps": 2}, {"steps": 4}),
+        ({"epochs": 0.1}, {"epochs": 0.05}, {"epochs": 0.2}),
+        ({"steps": 3, "minutes": 9}, {"steps": 3, "minutes": 10}, {"steps": 4, "minutes": 9}),
+        ({"steps": 90_000, "minutes": 0.005}, {"steps": 90_001, "minutes": 0.005}, {"steps": 90_000, "minutes": 0.01}),
+    ],
+)
+def test_a_finished_run_goes_on_if_there_is_more_of_what_ended_it(
+    first: dict[str, Any], same: dict[str, Any], more: dict[str, Any], warm: None, text: Path, tmp_path: Path
+) -> None:
+    flags = {**QUIET, "steps": None, "data": text, "out": tmp_path, "gradient_accumulation_steps": 1}
+    assert pretrain(**{**flags, **first}) == 0
+    before = contents(tmp_path)
+    for asked in (first, same):
+        assert pretrain(**{**flags, **asked}) == 0
+        assert contents(tmp_path) == before
+    assert pretrain(**{**flags, **more}) == 0
+    assert read(tmp_path / "summary.json")["steps"] > json.loads(before["summary.json"])["steps"]
 
 
 def test_a_damaged_best_model_is_no_result(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

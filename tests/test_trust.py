@@ -448,6 +448,49 @@ def test_a_spike_goes_back_past_its_batches_and_is_the_same_when_killed_behind_i
     assert losses(parts) == losses(whole)
 
 
+def test_a_spike_on_a_full_disk_goes_back_all_the_same(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From one checkpoint on nothing can be written any more, the lines of the records least of all."""
+    plain = dataset.batch
+
+    def strange(view: Any, number: int, *rest: Any) -> Any:
+        made = plain(view, number, *rest)
+        return {**made, "targets": made["targets"] * 0 + 7} if number == 26 else made
+
+    monkeypatch.setattr(dataset, "batch", strange)
+    flags = {**QUIET, "gradient_accumulation_steps": 1, "spike": 1.15, "save_every": 5, "steps": 32, "data": text}
+    assert pretrain(**flags, out=tmp_path / "whole") == 0
+    full = {"on": False}
+
+    def guard(operation: Operation) -> Any:
+        if full["on"] and operation.kind in ("write", "create", "mkdir"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(operation.path))
+        result = operation.act(1.0)
+        full["on"] |= operation.kind == "rename" and operation.path.name == "step-00000025"
+        return result
+
+    capsys.readouterr()
+    with disk.watched_by(guard):
+        assert pretrain(**flags, out=tmp_path / "run", on_save_error="continue") == 1
+    said = capsys.readouterr()
+    assert "the loss spiked in step 27: back to step 25" in said.out
+    assert "No space left on device); training goes on without it" in said.out
+    assert "model.safetensors: No space left on device); the same command goes on from the last ch" in said.err
+    assert losses(tmp_path / "run")[-1][0] == 25
+    assert pretrain(**flags, out=tmp_path / "run") == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert contents(tmp_path / "run")["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
+
+
+def test_a_best_model_that_could_not_be_kept_is_not_the_best(text: Path, tmp_path: Path) -> None:
+    out, flags = tmp_path / "run", {"data": text, "eval_every": 1, "patience": 9, "sample_tokens": 0, "steps": 6}
+    with disk.watched_by(failing_under("best", errno.ENOSPC)):
+        assert pretrain(**flags, out=out, on_save_error="continue") == 0
+    assert read(out / "summary.json")["best_step"] == 0
+    assert contents(out)["model.safetensors"] == contents(out)["checkpoints/step-00000006/model.safetensors"]
+
+
 # Real processes -------------------------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,7 @@ def texts(root: Path) -> None:
 def chats(root: Path) -> None:
     turns = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it is said"}]
     lines(root / "chats.jsonl", *({"messages": turns} for _ in range(8)))
+    lines(root / "asked.jsonl", *({"prompt": f"{i}", "response": "yes"} for i in range(40)))
     lines(root / "pairs.jsonl", *({"prompt": "a", "chosen": "good", "rejected": "bad"} for _ in range(8)))
     lines(root / "roles.jsonl", {"messages": [{"role": "nobody", "content": "x"}]})
     lines(root / "wordless.jsonl", {"messages": [{"role": "user"}]})
@@ -115,6 +116,9 @@ def broken_models(root: Path) -> None:
     (root / "pickled").mkdir()
     shutil.copy(root / "model" / "config.json", root / "pickled" / "config.json")
     (root / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04\x95")
+    (root / "bare").mkdir()
+    shutil.copy(root / "adapter" / "adapter_config.json", root / "bare" / "adapter_config.json")
+    (root / "bare" / "adapter_model.bin").write_bytes(b"\x80\x04\x95")
     shutil.copytree(root / "adapter", root / "badadapter", ignore=shutil.ignore_patterns("checkpoints", "*.jsonl"))
     (root / "badadapter" / "adapter_config.json").write_text('{"r": "many"}')
     (root / "badwords").mkdir()

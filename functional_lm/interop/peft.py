@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_lm import files, tree
+from functional_lm import files, pickles, tree
 from functional_lm.errors import DataError, UsageError
 from functional_lm.model import lora
 from functional_lm.model.config import read_object
@@ -202,13 +202,8 @@ def opener(
 
 def _record(path: Path) -> dict[str, Any]:
     """What `save` noted beside the tensors; empty for a folder that others wrote."""
-    pickled = path.with_suffix(".bin")
-    if not path.is_file() and pickled.is_file():
-        raise DataError(
-            f"{pickled} is a pickle, which could run code and is never opened; where you trust it, convert it: peft's "
-            "PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(OTHER) writes safetensors"
-        )
     if not path.is_file():
+        pickles.refuse(path.parent)
         raise DataError(f"no {path.name} in {path.parent}; an adapter folder has it beside {CONFIG}")
     files.safetensors_header(path)  # a damaged header is refused here, in one line
     found = {name: value for name, value in tree.metadata(path).items() if value is not None}

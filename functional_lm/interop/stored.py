@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from functional_lm import pickles
 from functional_lm.errors import DataError
 from functional_lm.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 1 << 20  # numbers looked at together
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Stored(NamedTuple):
@@ -53,11 +53,7 @@ def catalogue(folder: Path) -> dict[str, Stored]:
         return _shards(folder)
     if (folder / SINGLE).is_file():
         return _header(folder / SINGLE)
-    if pickled := sorted(entry.name for entry in folder.iterdir() if entry.suffix in PICKLES):
-        raise DataError(
-            f"{folder / pickled[0]} is a pickle, which could run code and is never opened; where you trust it, convert "
-            "it: transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER) writes safetensors"
-        )
+    pickles.refuse(folder)
     raise DataError(f"no {SINGLE} and no {INDEX} in {folder}")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from functional_lm import pickles
 from functional_lm.errors import DataError, UsageError
 from functional_lm.model.presets import ORIGINAL_KEYS, preset_values, translate
 from functional_lm.model.presets import PRESETS as PRESETS
@@ -152,6 +153,7 @@ def read(path: str | Path) -> ModelConfig:
     """
     values = read_values(path)
     if "model_type" in values:
+        pickles.refuse(Path(path).parent)
         raise DataError(
             f"{path} describes a {values['model_type']!r} of another program; bring its folder in with "
             f"`python -m functional_lm import --from {Path(path).parent} --out DIR`"
@@ -176,7 +178,14 @@ def read_object(path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"no configuration at {path}") from error
+        if path.name == "config.json":
+            pickles.refuse(path.parent)
+        adapter = (path.parent / "adapter_config.json").is_file()
+        remedy = f": an adapter lies there; `merge --base MODEL --models {path.parent}` makes one of both"
+        raise DataError(f"no configuration at {path}{remedy if adapter else ''}") from error
+    except NotADirectoryError as error:
+        pickles.refuse(path.parent)
+        raise DataError(f"{path.parent} is a file; name the folder that it lies in") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})") from error
     return _object(values, path)

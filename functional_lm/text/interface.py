@@ -120,5 +120,5 @@ def save_model(folder: str | Path, name: str, model: bytes) -> None:
     """Write the file that tells a tokenizer's kind; one of another kind that lay there goes."""
     with files.writing(Path(folder) / name) as file:
         file.write(model)
-    for other in {*MODEL_FILES, "tokenizer_config.json"} - {name}:
+    for other in sorted({*MODEL_FILES, "tokenizer_config.json"} - {name}):
         files.remove(Path(folder) / other)

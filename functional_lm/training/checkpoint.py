@@ -136,7 +136,8 @@ def newest_whole(checkpoints: str | Path, reason: Callable[[Path], str | None]) 
 
 def listing(checkpoints: str | Path) -> list[Path]:
     """The checkpoints of a run, whole or not, oldest first."""
-    found = [(int(match[1]), path) for path in Path(checkpoints).glob("step-*") if (match := NAME.fullmatch(path.name))]
+    paths = sorted(Path(checkpoints).glob("step-*"))
+    found = [(int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 

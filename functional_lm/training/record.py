@@ -69,9 +69,10 @@ class Recorder:
         self._log.close()
 
     def rewind(self, step: int, why: str) -> None:
-        """The steps past this one have not been."""
-        self._lines.close()
-        self._begin(step)
+        """The steps past this one have not been. Their lines are cut off in their place, which a full disk allows."""
+        length = _length(self.path, step)
+        if length < os.fstat(self._lines.fileno()).st_size and self._try(lambda: self._lines.truncate(length)):
+            self._torn.discard(self._lines)
         self._try(lambda: self._board.forget(step))
         self.note(why)
 
@@ -164,13 +165,28 @@ def _flat(values: Values) -> dict[str, float]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; one that a crash or a full disk cut off is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
-    return rows
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None for what is no whole line."""
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
+
+
+def _length(path: Path, step: int) -> int:
+    """Bytes of a `metrics.jsonl` before its first line past `step`."""
+    length = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        row = _row(line)
+        if row is not None and row["step"] > step:
+            break
+        length += len(line)
+    return length
 
 
 def plot(folder: Path) -> Path:
