@@ -110,10 +110,10 @@ def text(path: Path) -> Path:
     return path
 
 
-def soak(kills: int, folder: Path, seed: int = 0, quiet: bool = True) -> Soaked:
-    """Kill so often; SystemExit at the first difference."""
+def soak(kills: int, folder: Path, seed: int = 0, quiet: bool = True, compile: bool = False) -> Soaked:
+    """Kill so often; SystemExit at the first difference. With `compile` all processes run the compiled step."""
     draw, started, log = random.Random(seed), time.perf_counter(), folder / "log"
-    data = {"data": text(folder / "text.txt")}
+    data = {"data": text(folder / "text.txt"), "compile": str(compile).lower()}
     finished(words(**data, out=folder / "whole"), log)  # the server is up from here on
     shutil.rmtree(folder / "whole")
     begin = time.perf_counter()
@@ -150,9 +150,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="the compiled step, whose processes begin slowly")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        result = soak(given.kills, Path(temporary), given.seed, quiet=False)
+        result = soak(given.kills, Path(temporary), given.seed, quiet=False, compile=given.compile)
     places = len(result.resumed)
     print(
         f"{result.kills} kills in {result.rounds} runs of {FLAGS['steps']} steps, at {places} different places: no byte"

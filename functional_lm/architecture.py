@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from functional_lm import console, files
-from functional_lm.cli import Command, OptionGroup
+from functional_lm.cli import Command, OptionGroup, main
 from functional_lm.errors import DataError, UsageError
 from functional_lm.model import account
 from functional_lm.model import config as model_config
@@ -252,3 +253,6 @@ INSPECT = Command(
     run_inspect,
     extra=ARCHITECTURE,
 )
+
+if __name__ == "__main__":
+    sys.exit(main((CREATE_CONFIG, INSPECT), prog="python -m functional_lm.architecture"))

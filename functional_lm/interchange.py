@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from functional_lm import console
-from functional_lm.cli import Command
+from functional_lm.cli import Command, main
 from functional_lm.errors import UsageError
 from functional_lm.options import REQUIRED, option
 
@@ -72,3 +73,6 @@ IMPORT = Command(
     "import", "bring a model in from a Hugging Face folder", ImportFlags, run_import, positional=("source",)
 )
 EXPORT = Command("export", "write a model for another program", ExportFlags, run_export)
+
+if __name__ == "__main__":
+    sys.exit(main((IMPORT, EXPORT), prog="python -m functional_lm.interchange"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from functional_lm import console, files
-from functional_lm.cli import Command
+from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
 from functional_lm.options import REQUIRED, option
 
@@ -195,3 +196,6 @@ def _shown(value: Any) -> str:
 
 
 COMMAND = Command("merge", "make one model of several of the same architecture", MergeFlags, run)
+
+if __name__ == "__main__":
+    sys.exit(main_single(COMMAND, prog="python -m functional_lm.merge"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from functional_lm import console
-from functional_lm.cli import Command
+from functional_lm.cli import Command, main
 from functional_lm.errors import UsageError
 from functional_lm.options import REQUIRED, option
 
@@ -124,3 +125,6 @@ def describe(made: Summary) -> str:
 
 TRAIN_TOKENIZER = Command("train-tokenizer", "learn a vocabulary from text", TokenizerFlags, run_tokenizer)
 PREPARE = Command("prepare", "encode text as a memory-mapped dataset", PrepareFlags, run_prepare)
+
+if __name__ == "__main__":
+    sys.exit(main((TRAIN_TOKENIZER, PREPARE), prog="python -m functional_lm.prepare"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from functional_lm import console, files
-from functional_lm.cli import Command
+from functional_lm.cli import Command, main_single
 from functional_lm.errors import UsageError
 from functional_lm.options import REQUIRED, option
 from functional_lm.prepare import SOURCES
@@ -145,3 +146,6 @@ def _report(options: QuantizeFlags, model: Model, params: Tree, validation: View
 
 
 COMMAND = Command("quantize", "make a model's weights 8 or 4 bits wide", QuantizeFlags, run)
+
+if __name__ == "__main__":
+    sys.exit(main_single(COMMAND, prog="python -m functional_lm.quantize"))

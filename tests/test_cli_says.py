@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from commands import CALLS, COMMAND, LAYERED, NEEDY, Options, record, run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from functional_lm.__main__ import COMMANDS
 from functional_lm.cli import Command, _wrap, flags_of, help_text, main, main_single, table
 from functional_lm.errors import DataError, UsageError
 from functional_lm.options import REQUIRED, option
@@ -220,6 +222,36 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert min(times) < 0.5
     result = in_a_process("train", "--d_modle", "3", capture_output=True)
     assert (result.returncode, result.stderr) == (2, "error: unknown flag --d_modle; did you mean --d_model?\n")
+
+
+EVERY = """
+import sys
+from functional_lm.__main__ import COMMANDS
+from functional_lm.cli import main
+for command in COMMANDS:
+    assert main(COMMANDS, [command.name, "--help"]) == 0
+    assert main(COMMANDS, [command.name, "--hlep"]) == 2
+heavy = {"torch", "numpy", "sentencepiece", "fire", "flask", "matplotlib", "transformers"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+def test_no_verb_imports_what_is_slow_for_its_help_or_a_slip() -> None:
+    result = in_a_process(script=EVERY, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("error: unknown flag --hlep; --help lists the flags") == len(COMMANDS)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", ["architecture", "interchange", "merge", "prepare", "quantize", "train"])
+def test_a_module_with_a_verb_is_a_command_and_never_does_nothing(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--hlep"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"functional_lm.{module}", run_name="__main__")
+    assert ended.value.code == 2
+    assert "--help lists the" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")

@@ -505,6 +505,19 @@ def test_killed_a_hundred_times(tmp_path: Path) -> None:
     assert len(result.resumed) > 10
 
 
+@pytest.mark.long
+def test_compiled_it_is_killed_and_ends_with_the_bytes_of_a_compiled_one(tmp_path: Path) -> None:
+    """And not with those of eager steps, which round in another order."""
+    assert soak.soak(3, tmp_path, seed=3, compile=True).kills == 3
+    argv = {"data": tmp_path / "text.txt", "compile": "true", "steps": 4, "patience": 0}
+    soak.finished(soak.words(**argv, out=tmp_path / "run"), tmp_path / "log")
+    cut_back(tmp_path / "run", 3)
+    mixed = soak.begun(soak.words(**{**argv, "compile": "false"}, out=tmp_path / "run"), tmp_path / "said")
+    mixed.join(120)
+    assert mixed.exitcode == 2
+    assert "belongs to another run (--compile was True, is False)" in (tmp_path / "said").read_text()
+
+
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
