@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import math
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from functional_lm.errors import UsageError
-from functional_lm.options import REQUIRED, refusal
+from functional_lm.options import LARGEST, REQUIRED, refusal
 
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 PLURALS = {bool: "words true or false", int: "whole numbers", float: "numbers", str: "texts"}
@@ -168,7 +167,10 @@ def _named(match: re.Match[str], spellings: Mapping[str, Flag], words: deque[str
 
 def nearest(word: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
     """The question after the nearest known word, or `otherwise`."""
-    near = difflib.get_close_matches(word.lower(), list(known), 1)
+    names = list(known)
+    near = difflib.get_close_matches(word.lower(), names, 1)
+    initials = {"".join(part[:1] for part in name.split("_")): name for name in reversed(names) if "_" in name}
+    near = near or [name for letters, name in initials.items() if letters == word.lower()]
     return f"did you mean {prefix}{near[0]}?" if near else otherwise
 
 
@@ -224,8 +226,8 @@ def _number(flag: Flag, text: str, shown: str) -> int | float:
     except (ValueError, ArithmeticError):
         raise UsageError(f"--{flag.name} is {_short(text)!r}; it is {flag.noun}") from None
     if flag.kind is float:
-        if not math.isfinite(approximate):
-            raise UsageError(f"--{flag.name} is {shown}; it has to be finite and below 1.8e308")
+        if not abs(approximate) <= LARGEST:  # NaN is not either
+            raise UsageError(f"--{flag.name} is {shown}; it has to be finite and below 3.4e38")
         return approximate
     # Not int(float): 2**53 + 1 has to arrive as itself.
     if not exact.is_finite() or (exact.copy_abs() < 2**63 and exact != exact.to_integral_value()):

@@ -6,7 +6,6 @@ Imports no torch, so that every module can describe its settings with it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field
 from functools import cache
@@ -15,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 from functional_lm.errors import UsageError
 
 REQUIRED: Any = MISSING
+LARGEST = 3.4028234663852886e38  # of float32: what is computed with is not wider
 
 
 def option(
@@ -95,7 +95,7 @@ def check(settings: Any) -> None:
             continue
         accepted = (int, float) if kind is float else kind
         right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-        if not right or (kind is float and not math.isfinite(value)):
+        if not right or (kind is float and not abs(value) <= LARGEST):
             raise UsageError(f"{about.name} is {value!r}; it has to be {NOUNS[kind]}")
         if reason := refusal(value, about.metadata):
             raise UsageError(f"{about.name} is {value!r}; {reason}")

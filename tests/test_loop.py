@@ -251,6 +251,21 @@ def test_the_second_signal_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) == handler
 
 
+@pytest.mark.parametrize(("signalled", "raised"), [(True, KeyboardInterrupt), (False, RuntimeError)])
+def test_a_signal_that_ends_the_compiler_too_is_an_interruption_and_no_error(signalled: bool, raised: type) -> None:
+    def broken(number: int) -> float:
+        if signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("the C++ compiler was killed")
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(raised):
+            World(broken).run(Plan(steps=3, **EAGER))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_outside_the_main_thread_it_runs_without_handling_signals() -> None:
     world = World()
     thread = threading.Thread(target=run, args=(world,), kwargs={"steps": 3})

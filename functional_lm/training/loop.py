@@ -147,7 +147,10 @@ def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Out
         outcome.ended = ended
         return outcome
     with stopping_by_signal() as stopping:
-        with console.announced("compiling the training step", quiet=not plan.compile) as compiling_clock:
+        with (
+            _compilers_end_with_us(stopping),
+            console.announced("compiling the training step", quiet=not plan.compile) as compiling_clock,
+        ):
             outcome.state, report = step(outcome.state, done)
             compiling.synchronize(state.step.device)
         outcome.compile_seconds = compiling_clock.seconds if plan.compile else 0.0
@@ -188,6 +191,17 @@ def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Out
         outcome.steps, outcome.ended, outcome.rates, outcome.last = number - done, ended, readings.rates, number
         outcome.seconds = clock.seconds
     return outcome
+
+
+@contextmanager
+def _compilers_end_with_us(stopping: Callable[[], bool]) -> Iterator[None]:
+    """A signal to all processes of a terminal or a container ends the C++ compiler in the middle of its work."""
+    try:
+        yield
+    except Exception as error:
+        if stopping():
+            raise KeyboardInterrupt from error
+        raise
 
 
 def steps_taken(state: TrainState) -> int:
