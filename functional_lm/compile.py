@@ -152,7 +152,7 @@ def release_threads() -> None:
     them awake, but sleep at once where there are more of them than processors (libgomp's throttled spin count): beside
     a second team a decoding step of hundreds of short products takes nearly twice as long.
     """
-    for path in (Path(torch.__file__).parent / "lib").glob("lib*omp*"):
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*")):
         pause = getattr(ctypes.CDLL(str(path)), "omp_pause_resource_all", None)
         if pause is not None:
             pause(1)  # omp_pause_soft: what has been set stays

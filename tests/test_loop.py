@@ -236,7 +236,14 @@ def test_a_signal_in_the_last_step_is_no_interruption() -> None:
     assert world.of("save") == [3]
 
 
-def test_the_second_signal_ends_at_once() -> None:
+def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The process itself, which here is an exception; test_trust has a real one."""
+
+    def left(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(loop.os, "_exit", left)
+
     def batch(number: int) -> float:
         if number == 1:
             os.kill(os.getpid(), signal.SIGINT)
@@ -245,8 +252,9 @@ def test_the_second_signal_ends_at_once() -> None:
 
     handler = signal.getsignal(signal.SIGINT)
     world = World(batch)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(world, steps=8)
+    assert capfd.readouterr().err == "interrupted\n"
     assert world.events[-1] == ("batch", 1)
     assert signal.getsignal(signal.SIGINT) == handler
 
@@ -261,7 +269,7 @@ def test_a_signal_that_ends_the_compiler_too_is_an_interruption_and_no_error(sig
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with pytest.raises(raised):
-            World(broken).run(Plan(steps=3, **EAGER))
+            run(World(broken), steps=3)
     finally:
         signal.signal(signal.SIGTERM, before)
 
