@@ -51,7 +51,8 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
         summary |= evolve_figures.report(options, state, out)
     files.write_json(out / "summary.json", summary)
     if options.space == "architecture":
-        shown = ", ".join(f"{name} {value}" for name, value in (summary["architecture"] | summary["numbers"]).items())
+        found = [f"{name} {value}" for name, value in summary["architecture"].items()]
+        shown = ", ".join(found + [f"{name} {value:.3g}" for name, value in summary["numbers"].items()])
         tried = f"{summary['tried']} architectures tried; " if generations else ""
         console.say(f"{tried}kept: {shown}; {summary['parameters']:,} parameters, {summary['steps']} steps")
     if generations:

@@ -16,9 +16,10 @@ from strategies import SEEDS, numbers
 from test_covariance import descend, rastrigin, rosenbrock
 from torch import Tensor
 
+from functional_lm import compile as compiling
 from functional_lm import keys, tree
 from functional_lm.errors import UsageError
-from functional_lm.evolution import differential, members, swarm
+from functional_lm.evolution import differential, elites, genetic, members, pareto, swarm
 
 START = {"a": torch.zeros(3), "b": {"c": torch.ones(2, 2)}}
 
@@ -198,3 +199,27 @@ def test_the_first_members_are_the_start_and_a_scatter_of_its_own_width() -> Non
 def test_what_cannot_work_is_refused(make: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["map-elites", "nsga2"])
+def test_large_draws_compile_once_and_are_those_of_the_eager_form(kind: str) -> None:
+    """256 members over five generations, of which the first draws otherwise."""
+    start = {"a": torch.linspace(-1, 1, 96).view(4, 24), "b": {"c": torch.ones(24)}}
+    grid = elites.Grid((6, 5), (0.0, 0.0), (8.0, 8.0))
+    made = {
+        "map-elites": lambda wrap: elites.map_elites(elites.Settings(grid, 256, 0.3, 0.2), wrap),
+        "nsga2": lambda wrap: pareto.nsga2(genetic.Settings(256), 2, wrap),
+    }
+    eager, quick = made[kind](lambda function: function), made[kind](compiling.compiled)
+    states = [strategy.init(keys.key(0), start) for strategy in (eager, quick)]
+    graphs = []
+    for _ in range(5):
+        asked = [strategy.ask(state).own for strategy, state in zip((eager, quick), states)]
+        for one, other in zip(tree.leaves(asked[0]), tree.leaves(asked[1])):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+        x = asked[0]["a"]
+        told = torch.stack([-x.square().mean((1, 2)), x[:, 0, 0] + 4, x[:, 1, 0] + 4], 1)[:, : eager.figures]
+        states = [strategy.tell(state, told) for strategy, state in zip((eager, quick), states)]
+        graphs.append(compiling.graphs())
+    assert graphs[1:] == graphs[1:2] * 4

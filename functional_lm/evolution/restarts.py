@@ -3,9 +3,9 @@
 IPOP (Auger and Hansen, "A restart CMA evolution strategy with increasing population size", CEC 2005): each run has
 twice the population of the one before. BIPOP (Hansen, "Benchmarking a BI-population CMA-ES on the BBOB-2009 function
 testbed", GECCO 2009): such runs take turns with runs of small populations and small steps; the regime that has used
-fewer evaluations goes next, and the first run counts for neither.
+fewer evaluations goes next, and the first run counts as a small one, as in the author's program.
 
-A strategy asks P members at a time, so populations are multiples of P (BIPOP's small ones are rounded down to one): a
+A strategy asks P members at a time, so populations are multiples of P (BIPOP's small ones are rounded to one): a
 generation of m P members is asked in m parts, whose fitness the state keeps and whose noise is drawn again when the
 last part is told. Every run begins where the first one began.
 
@@ -177,19 +177,19 @@ def longest(size: int, members: int) -> int:
 def following(key: Tensor, run: Run, kind: str, population: int, sigma: float, size: int, most: int) -> Run:
     """The run after one that ended.
 
-    A small one has ⌊(λ_large / 2 λ_first)^(U²)⌋ times the first population, σ 10^(-2U) times the first, and half the
-    evaluations of the last large one (Hansen 2009, section 2).
+    A small one has (λ_large / 2 λ_first)^(U²) times the first population, rounded, σ 10^(-2U) times the first, and half
+    the evaluations of the last large one (Hansen 2009, section 2).
     """
     device = run.number.device
     spent = run.spent.clone()
     spent[run.regime] += run.used
     large = run.large if int(run.regime) == SMALL else run.used
-    small = kind == "bipop" and int(spent[SMALL]) < int(spent[LARGE])
+    small = kind == "bipop" and int(spent[FIRST] + spent[SMALL]) < int(spent[LARGE])
     doublings = int(run.doublings) + (0 if small else 1)
     parts, step, limit = 2 ** min(doublings, most), 1.0, 0
     if small:
         first, second = keys.uniform(key, (2,), torch.float64).tolist()
-        parts, step = max(1, int((parts / 2) ** (first**2))), 10 ** (-2 * second)
+        parts, step = max(1, round((parts / 2) ** (first**2))), 10 ** (-2 * second)
         limit = int(large) // 2
     limit = min(filter(None, (limit, longest(size, parts * population))))
     worst = torch.full_like(run.best, -math.inf)

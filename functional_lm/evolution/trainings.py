@@ -53,7 +53,7 @@ def begin(search: Search, device: torch.device | str) -> Tree:
 
 def places(search: Search, own: Tree) -> list[Place]:
     """The architecture of each member [P, ...], which is a possible one."""
-    columns = [own[choice.name].double().tolist() for choice in search.grid.choices]
+    columns = [own[choice.name].cpu().double().tolist() for choice in search.grid.choices]
     count = len(next(iter(own.values())))
     grid = search.grid
     wanted = [
