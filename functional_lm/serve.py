@@ -122,18 +122,19 @@ def load(flags: ServeFlags, door: Door | None = None) -> Service:
         adapters = [peft.load_adapter(path, params, flags.any_base, device) for path in list(names.values())[1:]]
         bank = _bank(flags, params, adapters)
         bank = tree.map(lambda leaf: leaf.to(dtype) if leaf.dim() > 1 else leaf, bank)
-    with phase("laying out the weights"):
-        scaled = any(name.endswith("lora_gain") for name in tree.flatten(bank))  # DoRA: products of their own
-        weights = decoding_copy(params, dtype, fuse=not scaled)
     obstacle = compiling.obstacle(device) if flags.compile else None
     if obstacle:
         console.say(f"running without compilation, several times slower: {obstacle}")
     compile = flags.compile and obstacle is None
-    if compile and device.type == "cpu":
-        with phase("compiling the decoding kernels (once)"):
+    with_kernels = compile and device.type == "cpu"
+    if with_kernels:
+        with phase("opening the decoding kernels"):
             obstacle = kernels.obstacle()
         if obstacle:
             console.say(f"decoding without kernels of its own, somewhat slower: {obstacle}")
+    with phase("laying out the weights"):
+        scaled = any(name.endswith("lora_gain") for name in tree.flatten(bank))  # DoRA: products of their own
+        weights = kernels.prepared(decoding_copy(params, dtype, fuse=not scaled), with_kernels)
     engine = Engine(
         weights,
         config,

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ HEADS = frozenset((*range(16, 144, 16), 256))  # head widths that the kernel kno
 __all__ = ["BLOCKS", "OUTPUTS", "filled_rows", "laid_out", "multiplied", "prepared", "product", "rows", "whole"]
 
 NAME = "functional_lm_decoding"
+WHOLE = "whole"  # a file beside a library that has been compiled to its end
 SOURCE = Path(__file__).with_name("decoding.cpp")
 # The threads are those of torch's own OpenMP, which is loaded already: no other one is linked beside it.
 FLAGS = ["-O3", "-march=native", *(["-fopenmp"] if sys.platform == "linux" else [])]
@@ -124,13 +125,22 @@ def _filled_rows_shape(query: Tensor, key: Tensor, value: Tensor, positions: Ten
 
 @functools.cache
 def obstacle() -> str | None:
-    """Compile and load the kernels (torch keeps them on the disk); None, or why that cannot be and what helps."""
-    from torch.utils import cpp_extension
-
+    """Load the kernels, compiled on first use and kept on the disk; None, or why that cannot be and what helps."""
     if sys.platform == "win32":
         return "the decoding kernels are written for GCC and clang"
-    machine = compile_store.digest((torch.__version__, compile_store.processor()))
-    folder = compile_store.folder() / f"decoding-{machine[:16]}"
+    source = SOURCE.read_text(encoding="utf-8")
+    made = compile_store.digest((torch.__version__, compile_store.processor(), source, FLAGS))
+    folder = compile_store.folder() / f"decoding-{made[:16]}"
+    with suppress(OSError):  # damaged: made anew
+        if (folder / WHOLE).is_file():
+            torch.ops.load_library(folder / f"{NAME}.so")
+            return None
+    return _compile(folder)
+
+
+def _compile(folder: Path) -> str | None:
+    from torch.utils import cpp_extension
+
     with _ninja_on_the_path():
         try:
             cpp_extension.verify_ninja_availability()
@@ -141,6 +151,7 @@ def obstacle() -> str | None:
             with FileLock(folder / "building"):  # ends with its process; torch's own, a kill would leave behind
                 files.remove(folder / "lock")
                 cpp_extension.load(NAME, [str(SOURCE)], FLAGS, build_directory=str(folder), is_python_module=False)
+                files.write_text(folder / WHOLE, "")
         except (RuntimeError, OSError) as error:
             return f"the decoding kernels could not be compiled: {str(error).splitlines()[0]}"
     return None
