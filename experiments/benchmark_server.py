@@ -13,8 +13,10 @@ the tokens of good ones. The cost of HTTP is the share of the engine's own token
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
+import re
+import selectors
+import socket
 import statistics
 import subprocess
 import sys
@@ -60,29 +62,54 @@ def prompt(number: int, length: int, vocabulary: int) -> list[int]:
     return [(number * 7919 + i * 104729 + i * i * number) % (vocabulary - 2) + 1 for i in range(length)]
 
 
-def through_http(port: int, flags: dict[str, Any], number: int) -> Timed:
-    """One streaming request over a connection of its own."""
-    body = {"prompt": prompt(number, flags["prompt"], flags["vocabulary"]), "max_tokens": flags["tokens"]}
-    body |= {"stream": True, "seed": number, "stream_options": {"include_usage": True}}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    started, first, said = time.perf_counter(), 0.0, 0
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    assert answer.status == 200, answer.read()
-    for line in answer:
-        if line.startswith(b"data: {"):
-            first = first or time.perf_counter() - started
-            if b'"usage"' in line:
-                said = json.loads(line[6:])["usage"]["completion_tokens"]
-    connection.close()
-    return Timed(first, time.perf_counter() - started, said)
+def through_http(port: int, flags: dict[str, Any]) -> Run:
+    """The crowd, over connections to the server: one thread that reads what comes and parses it afterwards.
+
+    Clients live elsewhere; these share the processors with the server and take as little of them as they can.
+    """
+    waiting, found = selectors.DefaultSelector(), []
+
+    def ask(client: int, request: int) -> None:
+        number = client * flags["requests"] + request
+        body = {"prompt": prompt(number, flags["prompt"], flags["vocabulary"]), "max_tokens": flags["tokens"]}
+        body |= {"stream": True, "seed": number, "stream_options": {"include_usage": True}}
+        text = json.dumps(body)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(text)}"
+        state: dict[str, Any] = {"client": client, "request": request, "started": time.perf_counter(), "parts": []}
+        connection = socket.create_connection(("127.0.0.1", port), timeout=600)
+        connection.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{text}".encode())
+        waiting.register(connection, selectors.EVENT_READ, state)
+
+    def ended(state: dict[str, Any]) -> Timed:
+        answer = b"".join(state["parts"])
+        said = re.search(rb'"completion_tokens": (\d+)', answer)
+        assert said is not None, answer[:500]
+        return Timed(state["first"] - state["started"], time.perf_counter() - state["started"], int(said[1]))
+
+    started = time.perf_counter()
+    for client in range(flags["clients"]):
+        ask(client, 0)
+    while waiting.get_map():
+        for key, _ in waiting.select():
+            connection, state = key.fileobj, key.data
+            assert isinstance(connection, socket.socket)
+            part = connection.recv(1 << 16)
+            state["parts"].append(part)
+            if "first" not in state and b"data: {" in part:
+                state["first"] = time.perf_counter()
+            if not part:
+                waiting.unregister(connection)
+                connection.close()
+                found.append(ended(state))
+                if state["request"] + 1 < flags["requests"]:
+                    ask(state["client"], state["request"] + 1)
+    return Run(time.perf_counter() - started, found)
 
 
 def client_process(words: str) -> None:
     """The other process: asks, and prints what it measured."""
     flags = json.loads(words)
-    run = crowd(flags["clients"], flags["requests"], lambda number: through_http(flags["port"], flags, number))
-    print(json.dumps(run))
+    print(json.dumps(through_http(flags["port"], flags)))
 
 
 def row(name: str, runs: list[Run], first: float, each: float) -> str:
