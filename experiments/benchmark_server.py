@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--first", type=float, default=1.0)
     parser.add_argument("--each", type=float, default=0.1)
+    parser.add_argument("--pause", type=float, default=0.02)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "int8"))
     parser.add_argument("--compile", default="true", choices=("true", "false"))
     flags = parser.parse_args()
@@ -160,7 +161,7 @@ def measure(flags: argparse.Namespace) -> None:
 
     weights, config, tokenizer = opened(flags)
     engine = Engine(weights, config, flags.slots, flags.context, waiting=256, compile=flags.compile == "true").start()
-    service = Service(engine, tokenizer, ("model",))
+    service = Service(engine, tokenizer, ("model",), pause=flags.pause)
     host = Host(create(service), "127.0.0.1", 0, 300, 1 << 22).start()
     asked = {"port": host.port, "prompt": flags.prompt, "tokens": flags.tokens, "vocabulary": config.vocab_size}
 

@@ -41,6 +41,10 @@ class ServeFlags:
     port: int = option(8000, "port to listen on", low=1, high=65535)
     slots: int = option(8, "texts that are written at once", low=1, high=1024)
     context: int | None = option(None, "longest prompt and answer together, tokens; the model's if not given", low=2)
+    pause: float = option(
+        0.02, "seconds between two events of a stream, in which what is written meanwhile goes out; 0: every token",
+        low=0, high=10,
+    )  # fmt: skip
     max_tokens: int | None = option(None, "most tokens that a request may ask for; the context's if not given", low=1)
     waiting: int = option(64, "requests that may wait; the next is told to come back (429)", low=1)
     seconds: float = option(300.0, "longest time of a request", above=0)
@@ -150,7 +154,7 @@ def load(flags: ServeFlags, door: Door | None = None) -> Service:
     engine.start(lambda name: phase(f"compiling {name}", quiet=not compile))
     service = Service(engine, tokenizer, tuple(names), flags.api_key, flags.seconds, flags.body_bytes)
     service.settings = settings
-    service.max_tokens, service.origins = flags.max_tokens, flags.cors
+    service.max_tokens, service.origins, service.pause = flags.max_tokens, flags.cors, flags.pause
     if flags.adapter_folder is not None:
         digest = None if flags.any_base else tree.digest(params)
         service.open_adapter = peft.opener(flags.adapter_folder, params, digest, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,19 @@ flask = pytest.importorskip("flask")
 openai = pytest.importorskip("openai")
 waitress = pytest.importorskip("waitress")
 
-from served import CONFIG, KEY, PARAMS, TEXT, TOKENIZER, drawn_adapter, listening, offline, post, serving  # noqa: E402
+from served import (  # noqa: E402
+    CONFIG,
+    KEY,
+    PARAMS,
+    TEXT,
+    TOKENIZER,
+    drawn_adapter,
+    events,
+    listening,
+    offline,
+    post,
+    serving,
+)
 
 from functional_lm.inference import generate as tokens  # noqa: E402
 from functional_lm.inference import text as writing  # noqa: E402
@@ -313,3 +326,20 @@ def test_a_stop_text_is_cut_off_wherever_tokens_split_it(text: str, stops: list[
     assert "".join(pieces) == (text[: min(found)[1]] if found else text)
     assert answer.finish_reason == ("stop" if found else "length")
     assert all(pieces)
+
+
+def test_what_is_written_in_a_pause_goes_out_together() -> None:
+    """The same text in fewer events; the end waits for no pause."""
+    body = {"prompt": "The quick", "max_tokens": 30, "temperature": 0, "stream": True}
+    texts, counts = [], []
+    for pause in (0.0, 5.0):
+        with serving(pause=pause) as service:
+            client = create(service).test_client()
+            before = time.monotonic()
+            _, answer = post(client, "/v1/completions", body)
+            assert time.monotonic() - before < 5
+            pieces = [event["choices"][0]["text"] for event in events(answer) if event["choices"]]
+            texts.append("".join(pieces))
+            counts.append(sum(map(bool, pieces)))
+    assert texts[0] == texts[1] == offline("The quick", 30)
+    assert counts[1] <= 3

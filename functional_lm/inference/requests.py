@@ -105,7 +105,7 @@ class Handle:
         self.prompt_scores: list[Scored] = []  # from the second token of the prompt on, where asked for
         self.scores: list[Scored] = []  # of what was said, where asked for; the stop id that ended it included
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
+        self._cancelled, self._ended = threading.Event(), threading.Event()
 
     def __iter__(self) -> Iterator[int]:
         return self.follow()
@@ -132,6 +132,10 @@ class Handle:
         """Whether a token (or the end) is there already."""
         return not self._tokens.empty()
 
+    def rest(self, seconds: float) -> None:
+        """Wait so long, or until the end."""
+        self._ended.wait(seconds)
+
     def cancel(self) -> None:
         """Give the slot back soon; what has been said stays."""
         self._cancelled.set()
@@ -153,3 +157,4 @@ class Handle:
         self.finish_reason, self.error = reason, error
         self.seconds = time.monotonic() - self.submitted
         self._tokens.put(None)
+        self._ended.set()

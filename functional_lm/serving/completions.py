@@ -44,7 +44,7 @@ def completions(service: Service, form: forms.Completion) -> Response:
             (lambda: {**chunk(), "usage": events.usage(prompts, answers)}) if form.counting else None,
             late=form.echo and bool(lists),
         )
-        return events.stream(answers, script)
+        return events.stream(answers, script, service.pause)
     choices = []
     for i, text in enumerate(events.whole(answers)):
         before = choice(i, "", prompt=True)["logprobs"] if form.echo else None
@@ -79,7 +79,7 @@ def chats(service: Service, form: forms.Chat) -> Response:
             lambda i: delta(i, {}, answers[i].finish_reason),
             (lambda: {**head, "choices": [], "usage": events.usage([prompt], answers)}) if form.counting else None,
         )
-        return events.stream(answers, script)
+        return events.stream(answers, script, service.pause)
     choices = [
         {
             "index": i,

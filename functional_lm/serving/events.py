@@ -67,8 +67,12 @@ class Script:
     late: bool = False  # the beginning tells what is known with the first token only
 
 
-def stream(answers: Sequence[Answer], script: Script) -> Response:
-    """Server-sent events, one answer after the other; a client that leaves gives the slots back."""
+def stream(answers: Sequence[Answer], script: Script, pause: float = 0.0) -> Response:
+    """Server-sent events, one answer after the other; a client that leaves gives the slots back.
+
+    `pause` seconds at least are between two pieces of a text: an event costs the processors that write the tokens more
+    than the token in it.
+    """
 
     def told(i: int, answer: Answer) -> Iterator[Event]:
         pieces = iter(answer)
@@ -80,6 +84,7 @@ def stream(answers: Sequence[Answer], script: Script) -> Response:
             if not answer.handle.pending:  # what is there already goes out together: a lagging stream costs less
                 yield script.piece(i, held)
                 held = ""
+                answer.handle.rest(pause)
         if held:
             yield script.piece(i, held)
         yield script.end(i)

@@ -69,6 +69,7 @@ def generate(service: Service, form: forms.Generate) -> Response:
         return events.stream(
             answers,
             Script(lambda i: [], lambda i, piece: {"token": piece}, lambda i: {"finish_reason": answer.finish_reason}),
+            service.pause,
         )
     (text,) = events.whole(answers)
     return jsonify(generated_text=text, finish_reason=answer.finish_reason, tokens=answer.tokens)

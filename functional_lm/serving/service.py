@@ -52,6 +52,7 @@ class Service:
     max_tokens: int | None = None  # most that a request may ask for
     origins: Sequence[str] = ()  # whose pages may ask ("*": everybody's)
     patience: float = 60.0  # seconds without a turn of the engine after which it is not healthy
+    pause: float = 0.0  # seconds between two events of a stream: what is written meanwhile goes out together
     settings: Mapping[str, float] = field(default_factory=dict)  # how the model wants its tokens chosen
     open_adapter: Callable[[str], Tree] | None = None  # reads an adapter's folder while the server runs
     draining: bool = False
