@@ -119,7 +119,8 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
             bar.update()
             if lost == LOST:
                 raise DataError(
-                    f"no member of {LOST} generations in a row had a finite fitness; give a smaller --sigma"
+                    f"no member of {LOST} generations in a row had a finite fitness; give a smaller --sigma, "
+                    "or look at what the fitness returns"
                 )
             if out and plan.save_every and (number + 1) % plan.save_every == 0:
                 save(out, outcome, plan.keep)
