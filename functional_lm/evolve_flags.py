@@ -66,7 +66,7 @@ class EvolveFlags:
         group="Space",
     )  # fmt: skip
     leaves: tuple[str, ...] = option(("*",), "leaves to evolve, of space full: globs over paths", group="Space")
-    rank: int = option(1, "rank of the adapter and of eggroll's noise", low=1, group="Space")
+    rank: int = option(1, "rank of the adapter and of eggroll's noise", low=1, high=4096, group="Space")
     alpha: float | None = option(
         None, "the adapter's scale is alpha / rank; the rank if not given", above=0, group="Space"
     )
@@ -93,7 +93,7 @@ class EvolveFlags:
         metavar="NAME,NAME,...",
     )  # fmt: skip
     strategy: str = option("eggroll", "how it is evolved", choices=STRATEGIES, group="Strategy")
-    population: int = option(64, "members of a generation", low=1, group="Strategy")
+    population: int = option(64, "members of a generation", low=1, high=10**6, group="Strategy")
     sigma: float = option(0.02, "standard deviation of the noise on each number", above=0, group="Strategy")
     learning_rate: float = option(0.01, "of the optimizer that takes the estimate", above=0, group="Strategy")
     optimizer: str = option("adamw", "what takes the estimated gradient", choices=OPTIMIZERS, group="Strategy")

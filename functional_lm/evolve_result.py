@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,9 +37,9 @@ def finish(options: EvolveFlags, evolution: Evolution, task: Task, outcome: Outc
         journals.append(outcome.journal, entry)
     summary = {
         "fitness": options.fitness,
-        "held_out": {name: None if value != value else value for name, value in held.items()},
+        "held_out": {name: value if math.isfinite(value) else None for name, value in held.items()},
         "kept": kept,
-        "best_fitness": float(state.best_fitness) if generations else None,
+        "best_fitness": float(state.best_fitness) if state.best_fitness.isfinite() else None,
         "generations": generations,
         "evaluations": generations * options.population,
         "tokens": generations * options.population * task.tokens,

@@ -25,8 +25,8 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "n
 NONE = ("none", "null", "None")
 # Where an empty text would mean the folder that one happens to be in.
 PLACES = {"out", "output", "model", "models", "data", "tokenizer", "adapter", "config", "source", "base", "resume"}
-# A word that can only be meant as a flag. "-1", "-", "---" and "- an item" are values.
-FLAG = re.compile(r"(--?)([A-Za-z][^\s=]*)(?:=(.*))?", re.DOTALL)
+# A word that can only be meant as a flag. "-1", "-inf", "-", "---" and "- an item" are values.
+FLAG = re.compile(r"(?!-(?i:inf|infinity|nan)\Z)(--?)([A-Za-z][^\s=]*)(?:=(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class PrepareFlags:
     out: str = option(REQUIRED, "dataset to write: NAME for NAME.bin and NAME.index")
     tokenizer: str = option(REQUIRED, "tokenizer file or folder", aliases=("tokenizer_path",))
     deduplicate: bool = option(True, "drop documents that equal an earlier one")
-    threads: int | None = option(None, "processes that encode; all cores if not given", low=1)
+    threads: int | None = option(None, "processes that encode; all cores if not given", low=1, high=1024)
     overwrite: bool = option(False, "replace a dataset of something else that is there")
     max_download: int = max_download()
     download_folder: str | None = download_folder()

@@ -62,7 +62,7 @@ class TrainingFlags:
     patience: int = option(
         0, "end after so many validations without a better one and keep the best model; 0: off", low=0, group="Length"
     )
-    batch_size: int = option(8, "rows in a microbatch", low=1, group="Batch")
+    batch_size: int = option(8, "rows in a microbatch", low=1, high=10**9, group="Batch")
     block_size: int | None = option(None, "tokens in a row; the model's max_len if not given", low=1, group="Batch")
     gradient_accumulation_steps: int = option(1, "microbatches in a step", low=1, group="Batch")
     optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS, group="Optimizer")
@@ -161,7 +161,9 @@ def resolve_length(flags: Flags, steps_per_epoch: float) -> Flags:
     """`steps` from whatever gives the length; it stays None where only the time does."""
     steps = flags.steps
     if flags.epochs is not None:
-        steps = max(1, round(flags.epochs * steps_per_epoch))
+        steps = max(1, round(min(flags.epochs * steps_per_epoch, 2.0**63)))
+        if steps >= 2**63:
+            raise UsageError(f"--epochs is {flags.epochs:g}, which is more steps than 64 bits hold; give fewer")
     elif steps is None and flags.minutes is None:
         steps = STEPS
     return dataclasses.replace(flags, steps=steps)

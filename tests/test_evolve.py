@@ -251,7 +251,7 @@ def test_a_function_that_fails_on_the_way_loses_nothing(at: Path, capsys: pytest
 
 REFUSED = {
     "odd": (["--population", "5"], "--population 5 is odd; antithetic pairs need an even one"),
-    "nobody": (["--population", "0"], "--population is 0; it has to be at least 1"),
+    "nobody": (["--population", "0"], "--population is 0; it has to be between 1 and 1000000"),
     "alone": (["--population", "1"], "--population 1 is too small"),
     "strategy": (["--strategy", "magic"], "--strategy is 'magic'; it can be genetic, openai-es, eggroll, mezo"),
     "fitness": (["--fitness", "beauty"], "--fitness is 'beauty'; it is loss, bits, accuracy, exact or module:function"),

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from functional_lm import disk, files, tree
+from functional_lm import disk, files, run_best, tree
 from functional_lm.errors import DataError
 from functional_lm.text import tokenizer as tokenizers
 from functional_lm.training import checkpoint
@@ -36,9 +36,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 TOKENIZER = tokenizers.train((), "bytes")
 
 
-def state(step: int, value: float | None = None) -> TrainState:
-    """A small one whose every number says of which step it is."""
-    leaf = torch.full((3, 2), float(step) if value is None else value)
+def state(step: int, rows: int = 3) -> TrainState:
+    """Its numbers say of which step they are, and where they stand."""
+    leaf = step + torch.arange(2 * rows).view(rows, 2) / 2**19  # exact: rows < 2**18, step < 32
     now = torch.tensor(step)
     return TrainState(now, now * 0, {"w": leaf}, {"m": leaf + 0.5}, {}, {}, torch.tensor([1, step]), {"lr": leaf[0, 0]})
 
@@ -47,12 +47,14 @@ def save(folder: Path, now: TrainState, memory: Mapping[str, Any] | None = None)
     return checkpoint.save(folder, now, None, TOKENIZER, memory or {"of": int(now.step)})
 
 
-def loaded(path: Path) -> int:
+def loaded(path: Path, rows: int = 3) -> int:
     """The step of a checkpoint that is whole and of one piece."""
-    found, memory = checkpoint.load(path, state(0))
+    found, memory = checkpoint.load(path, state(0, rows))
     step = int(found.step)
-    assert tree.digest(found) == tree.digest(state(step))
-    assert memory == {"of": step}
+    expected = state(step, rows)
+    assert found.params["w"].equal(expected.params["w"])
+    assert tree.digest(found) == tree.digest(expected)
+    assert memory["of"] == step
     return step
 
 
@@ -281,26 +283,53 @@ def test_whatever_operation_fails_the_old_one_is_whole_and_the_run_goes_on(
 # A life of saving, crashing, damaging, going on -----------------------------------------------------------------------
 
 
+# Rows of a leaf: what is written at once, and so much that its whole pages go past the system's cache.
+SIZES = (3, 3, 3, disk.LARGE // 8 + 1, disk.LARGE // 8 + disk.PAGE // 8 * 5 + 3)
+
+
 class Life(RuleBasedStateMachine):
-    """One run over many processes. The model: which steps were saved to the end and are neither damaged nor pruned."""
+    """One run over many processes. The model: which steps were saved to the end and are neither damaged nor pruned.
+
+    Each of them names the best model of its time, which has to be there as long as it is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.root = self.folder / "checkpoints"
+        self.out = self.folder / "run"
+        self.best = self.rows = 0
         self.step = 0  # of the process
         self.whole: set[int] = set()  # has to be there, and whole
         self.perhaps: set[int] = set()  # a crash came while it was saved or removed
         self.damaged: set[int] = set()
         self.keep = 2
 
-    @initialize(keep=st.integers(0, 3))
-    def begin(self, keep: int) -> None:
-        self.keep = keep
+    @property
+    def root(self) -> Path:
+        return self.out / "checkpoints"
 
+    @initialize(keep=st.integers(0, 3), rows=st.sampled_from(SIZES))
+    def begin(self, keep: int, rows: int) -> None:
+        self.keep, self.rows = keep, rows
+
+    @precondition(lambda self: self.step < 28)
     @rule(steps=st.integers(1, 3))
     def train(self, steps: int) -> None:
         self.step += steps
+
+    @precondition(lambda self: self.step > self.best)
+    @rule(kind=st.none() | st.sampled_from(KINDS), passing=st.integers(0, 16))
+    def validate(self, kind: str | None, passing: int) -> None:
+        """Better than before: the model is kept, or stays the second where the disk takes none."""
+        failing = Failing(kind, passing)
+        try:
+            with disk.watched_by(failing):
+                run_best.keep(self.out, self.step, lambda path: files.write_text(path / "model", f"{self.step}"))
+            self.best = self.step
+        except OSError:
+            pass
+        except Killed:
+            self.go_on()
 
     @precondition(lambda self: self.step > 0)
     @rule()
@@ -339,8 +368,9 @@ class Life(RuleBasedStateMachine):
 
     def _write(self) -> None:
         saver = Saver(self._save)
-        saver.save(state(self.step), {"of": self.step})
+        saver.save(state(self.step, self.rows), {"of": self.step, "best": {"step": self.best}})
         saver.wait()
+        run_best.prune(self.out, self.best)
 
     def _save(self, now: TrainState, memory: Mapping[str, Any]) -> None:
         verified = Verified(checkpoint.reason)
@@ -381,27 +411,33 @@ class Life(RuleBasedStateMachine):
             return
         if found is None:
             assert not self.whole
-            self.step = 0
+            self.step = self.best = 0
             return
-        self.step = loaded(found)
+        self.step, self.best = loaded(found, self.rows), best_of(found)
         assert self.step in self.whole | self.perhaps
         assert not self.whole or self.step >= max(self.whole)
         assert {int(entry.path.name[5:]) for entry in passed_over} <= self.damaged | self.perhaps
         assert {step for step in self.damaged if step > self.step} <= {int(e.path.name[5:]) for e in passed_over}
 
     def _start_elsewhere(self) -> None:
-        self.root = self.root.with_name(self.root.name + "x")
-        self.step, self.whole, self.perhaps, self.damaged = 0, set(), set(), set()
+        self.out = self.out.with_name(self.out.name + "x")
+        self.step, self.best, self.whole, self.perhaps, self.damaged = 0, 0, set(), set(), set()
 
     @invariant()
     def what_has_to_be_there_is_there(self) -> None:
         for step in self.whole:
-            assert loaded(self.root / checkpoint.name(step)) == step
+            assert loaded(self.root / checkpoint.name(step), self.rows) == step
         for step in self.damaged:
             assert list(self.root.glob(f"{checkpoint.name(step)}*")), step
+        for step in {self.best, *(best_of(self.root / checkpoint.name(step)) for step in self.whole)} - {0}:
+            assert (run_best.kept(self.out, step) / "model").read_text() == f"{step}"
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
+
+
+def best_of(path: Path) -> int:
+    return int(checkpoint.notes(path)["memory"]["best"]["step"])
 
 
 TestLife = Life.TestCase

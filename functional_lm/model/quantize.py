@@ -90,7 +90,7 @@ def _check_target(name: str, leaf: Tensor, bits: int, plan: Plan) -> None:
         raise UsageError(f"targets {plan.targets!r} match {name!r}, which is no matrix of weights")
     inputs = leaf.shape[-1]
     if bits == 4 and inputs % plan.group_size:
-        fitting = [size for size in range(2, plan.group_size, 2) if inputs % size == 0]
+        fitting = [size for size in range(2, min(plan.group_size, inputs + 1), 2) if inputs % size == 0]
         remedy = f"give {fitting[-1]}" if fitting else "use 8 bits"
         raise UsageError(f"group_size {plan.group_size} does not divide the {inputs} inputs of {name!r}; {remedy}")
 

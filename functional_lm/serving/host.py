@@ -75,6 +75,10 @@ class Host:
             raise UsageError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}; try another --port"
             ) from error
+        except ValueError as error:  # waitress' word for a name that has no address
+            raise UsageError(
+                f"--host is {host!r}, which is no address of this machine; give one such as 127.0.0.1"
+            ) from error
         self._server.channel_class = Channel
         self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import sysconfig
@@ -37,7 +36,8 @@ from functional_lm.text.download import Downloads
 
 STDLIB = "stdlib"
 STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
-WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)", re.DOTALL)
+NUMBER = r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|inf|infinity|nan)"
+WEIGHTED = re.compile(rf"(.+)=({NUMBER})", re.DOTALL | re.IGNORECASE)
 HEAVIEST = 1000
 
 
@@ -156,7 +156,7 @@ def _weighted(item: str) -> tuple[str, float]:
     if not match or inside or _exists(item):
         return item, 1.0
     weight = float(match[2])
-    if not 0 < weight <= HEAVIEST or not math.isfinite(weight):
+    if not 0 < weight <= HEAVIEST:  # NaN is not either
         raise UsageError(f"{item!r} has the weight {match[2]}; it has to be above 0 and at most {HEAVIEST}")
     return match[1].strip(), weight
 
