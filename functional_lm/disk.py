@@ -29,6 +29,7 @@ class Operation(NamedTuple):
 
 Guard = Callable[[Operation], Any]
 _GUARDS: list[Guard] = []
+_NEVER_MADE: list[Path] = []
 
 LARGE, PAGE = 1 << 20, 4096  # bytes
 
@@ -163,10 +164,22 @@ def rename(source: Path, target: Path) -> None:
     _do("rename", target, lambda share: os.replace(source, target), source)
 
 
+@contextmanager
+def never_made(path: Path) -> Iterator[None]:
+    """As long as the block lasts no thread makes this folder of a run: if it vanishes on the way, it is gone."""
+    _NEVER_MADE.append(path)
+    try:
+        yield
+    finally:
+        _NEVER_MADE.remove(path)
+
+
 def make_folder(path: Path) -> None:
     """The folder, with those above it; nothing if it is there."""
     if path.is_dir():
         return
+    if path in _NEVER_MADE:
+        raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(path))
     if path.parent != path:
         make_folder(path.parent)
     _do("mkdir", path, lambda share: path.mkdir(exist_ok=True))

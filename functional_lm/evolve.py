@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, evolve_checks, evolve_flags, files, run_folder
+from functional_lm import console, disk, evolve_checks, evolve_flags, files, run_folder
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolution import ranks
@@ -22,6 +22,7 @@ from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_result import finish, usual_choice
 from functional_lm.evolve_search import Evolution, evolution_of, key_of
 from functional_lm.evolve_task import Task, chunk_of, task_of
+from functional_lm.run_saving import unwritten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -289,7 +290,7 @@ def _run(
     if not group.first:
         return loop.run(strategy, state, journal, plan, loop.Hooks(measure, lambda *values: None, agree=agree), None)
     run_folder.settle(out)
-    with Recorder(out, first) as recorder:
+    with unwritten("the generation was not written"), disk.never_made(out), Recorder(out, first) as recorder:
         hooks = loop.Hooks(measure, recorder.metrics, validate, advance, task.describe, agree)
         return loop.run(strategy, state, journal, plan, hooks, out)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console
+from functional_lm import console, disk
 from functional_lm.errors import FunctionalLMError
 from functional_lm.training_flags import TrainingFlags
 
@@ -57,14 +57,15 @@ def saving(flags: TrainingFlags, job: Job, out: Path, trouble: Trouble) -> Itera
         checkpoint.prune(out / "checkpoints", flags.keep, whole)
 
     saver = Saver(write)
-    try:
-        yield saver
-    except Exception:
-        with suppress(Exception):  # the first error is the one to tell
+    with disk.never_made(out):
+        try:
+            yield saver
+        except Exception:
+            with suppress(Exception):  # the first error is the one to tell
+                saver.wait()
+            raise
+        with troubled(trouble):
             saver.wait()
-        raise
-    with troubled(trouble):
-        saver.wait()
 
 
 def check_there(out: Path) -> None:
@@ -90,6 +91,18 @@ def finishing() -> Iterator[None]:
         raise FunctionalLMError(
             f"the model was not written ({_reason(error)}); the same command goes on from the last checkpoint when the "
             "disk is well again"
+        ) from error
+
+
+@contextmanager
+def unwritten(what: str) -> Iterator[None]:
+    """Of a run that stops at every error of the disk. Raises FunctionalLMError."""
+    try:
+        yield
+    except OSError as error:
+        raise FunctionalLMError(
+            f"{what} ({_reason(error)}); what was written before is whole: the same command goes on from there when "
+            "the disk is well again"
         ) from error
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from functional_lm import evolve, evolve_flags, files, folder, generate, keys, run_folder, tree
+from functional_lm import disk, evolve, evolve_flags, files, folder, generate, keys, run_folder, tree
 from functional_lm.cli import main_single
 from functional_lm.errors import DataError
 from functional_lm.evolution import journal as journals
@@ -539,3 +540,21 @@ def test_every_flag_is_the_runs_or_the_callers() -> None:
         "device", "rank_timeout", "eval_every", "eval_batches", "save_every", "keep", "resume", "overwrite",
     }  # fmt: skip
     assert free | set(evolve_flags.FIXED) == {field.name for field in dataclasses.fields(evolve_flags.EvolveFlags)}
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "state.json"])
+def test_a_folder_that_goes_is_not_made_again(name: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, seen = at / "run", [0]
+
+    def vanishing(operation: disk.Operation) -> Any:
+        seen[0] += operation.path.name.endswith(name)
+        if seen[0] == 5 and out.exists():
+            shutil.rmtree(out)
+        return operation.act(1.0)
+
+    with disk.watched_by(vanishing):
+        assert evolved(out, "--save_every", "1") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the generation was not written (")
+    assert "the same command goes on from there" in said
+    assert not out.exists()

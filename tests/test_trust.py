@@ -302,6 +302,24 @@ def test_a_folder_that_is_gone_is_not_made_again(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "training.json", "step-00000003"])
+def test_a_folder_that_goes_while_it_is_saved_into_is_not_made_again(
+    name: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the first operation of a checkpoint on a path of this name: its folder, a file in it, its last file."""
+    out = tmp_path / "run"
+
+    def vanishing(operation: disk.Operation) -> Any:
+        if operation.path.name.endswith(name) and out.exists():
+            shutil.rmtree(out)
+        return operation.act(1.0)
+
+    with disk.watched_by(vanishing):
+        assert pretrain(data=text, out=out, **QUIET) == 1
+    assert "the checkpoint was not written (" in one_line(capsys)
+    assert not out.exists()
+
+
 # Company --------------------------------------------------------------------------------------------------------------
 
 
