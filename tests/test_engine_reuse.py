@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from functional_lm import compile as compiling
 from functional_lm import keys, tree
 from functional_lm.errors import DataError, FunctionalLMError, UsageError
-from functional_lm.inference import generate
+from functional_lm.inference import board, generate
 from functional_lm.inference.engine import Closed, Engine, Request
 from functional_lm.inference.prefixes import Prefixes
 from functional_lm.model import lora, transformer

@@ -17,8 +17,8 @@ def teams():
     return len(os.listdir("/proc/self/task"))
 
 torch.set_num_threads(3)
-x = torch.ones(1 << 20)
 before = teams()
+x = torch.ones(1 << 20)
 first = x.add(1).sum()
 shared = teams()
 release_threads()

@@ -302,7 +302,7 @@ def test_a_folder_that_is_gone_is_not_made_again(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.json", "step-00000003"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.json", "step-00000004"])
 def test_a_folder_that_goes_while_it_is_saved_into_is_not_made_again(
     name: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
@@ -354,7 +354,8 @@ def stopping_by_signal() -> Iterator[Callable[[], bool]]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         """Without unwinding, which waits for threads: what is on the disk is whole at every instant."""
-        os.write(2, b"interrupted\n")
+        with suppress(RuntimeError):  # the signal may have come in the middle of another line
+            console.note("interrupted")
         os._exit(130)
 
     before: dict[signal.Signals, Any] = {}
