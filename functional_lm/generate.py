@@ -42,8 +42,8 @@ class GenerateFlags(DecodingFlags):
     stop: tuple[str, ...] = option((), "texts that end it, commas between; none of them is printed", group="Sampling")
     stream: bool = option(True, "print as it is written")
     guesses: int = option(
-        0, "read so many tokens ahead where a text repeats itself; what is written stays the same", low=0, high=64,
-        group="Machine",
+        0, "read so many tokens ahead where a text repeats itself: the same text, in a context shorter by as many",
+        low=0, high=64, group="Machine",
     )  # fmt: skip
 
 
