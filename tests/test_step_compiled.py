@@ -9,6 +9,7 @@ import pytest
 import torch
 from steps import DROPPING, SHALLOW, close, made, rows, same, start
 from torch import Tensor
+from torch._inductor import decomposition
 
 from functional_lm import compile as compiling
 from functional_lm import keys, tree
@@ -66,6 +67,16 @@ def test_the_compiled_gradient_on_two_threads_is_the_same_bits_at_every_call() -
         assert len({tree.digest(gradients(state, batch)[0]) for _ in range(30)}) == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_nothing_is_added_atomically_after_somebody_else_has_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor keeps a copy of its rules from the first time that anything is compiled in a process."""
+    for operation in compiling.ATOMIC:
+        monkeypatch.setitem(decomposition.decompositions, operation, lambda *rest: None)
+    decomposition.fast_random_decomps.cache_clear()
+    assert set(compiling.ATOMIC) <= decomposition.select_decomp_table().keys()
+    compiling.compiled(torch.sin)
+    assert decomposition.select_decomp_table().keys().isdisjoint(compiling.ATOMIC)
 
 
 @pytest.mark.parametrize("name", sorted(optimizer.OPTIMIZERS))
