@@ -343,3 +343,18 @@ def test_what_is_written_in_a_pause_goes_out_together() -> None:
             counts.append(sum(map(bool, pieces)))
     assert texts[0] == texts[1] == offline("The quick", 30)
     assert counts[1] <= 3
+
+
+def test_events_come_further_apart_while_others_wait() -> None:
+    """Up to a tenth of a second, unless more was asked for; an event for every token stays one."""
+    engine = Engine(PARAMS, CONFIG, slots=2, compile=False)
+    service = Service(engine, TOKENIZER, ("fox",), pause=0.02)
+    breaths = []
+    for _ in range(20):
+        breaths.append(service.breath)
+        engine.submit(Request((5,), 1))
+    assert breaths == pytest.approx([0.02] * 3 + [min(0.1, 0.01 * number) for number in range(3, 20)])
+    service.pause = 0.0
+    assert service.breath == 0.0
+    service.pause = 0.5
+    assert service.breath == 0.5

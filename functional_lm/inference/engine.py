@@ -205,6 +205,11 @@ class Engine:
         }
 
     @property
+    def crowding(self) -> float:
+        """Requests here for each slot: above 1 some wait."""
+        return (len(self._running) + len(self._queue)) / self.slots
+
+    @property
     def stalled(self) -> float:
         """Seconds for which there has been work and no turn has ended."""
         return time.monotonic() - self._turned if self._running or self._queue else 0.0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from functional_lm.errors import FunctionalLMError, UsageError
 from functional_lm.inference.generate import ALTERNATIVES
 
-PATIENCE = 0.25  # seconds between two looks at whether the client is still there
+PATIENCE = 1.0  # seconds between two looks at whether the client is still there
 
 
 class Busy(FunctionalLMError):

@@ -35,10 +35,17 @@ def ask(service: Service, requests: Sequence[Request], stops: Sequence[str]) -> 
     return answers
 
 
-def whole(answers: Sequence[Answer]) -> list[str]:
-    """The texts; the engine works on all of them while the first is waited for."""
+def whole(answers: Sequence[Answer], breath: Callable[[], float]) -> list[str]:
+    """The texts; the engine works on all of them while the first is waited for, which is looked at now and then."""
+
+    def pieces(answer: Answer) -> Iterator[str]:
+        for text in answer:
+            yield text
+            if not answer.handle.pending:
+                answer.handle.rest(breath())
+
     try:
-        return ["".join(answer) for answer in answers]
+        return ["".join(pieces(answer)) for answer in answers]
     finally:
         for answer in answers:
             answer.handle.cancel()
@@ -67,11 +74,11 @@ class Script:
     late: bool = False  # the beginning tells what is known with the first token only
 
 
-def stream(answers: Sequence[Answer], script: Script, pause: float = 0.0) -> Response:
+def stream(answers: Sequence[Answer], script: Script, breath: Callable[[], float]) -> Response:
     """Server-sent events, one answer after the other; a client that leaves gives the slots back.
 
-    `pause` seconds at least are between two pieces of a text: an event costs the processors that write the tokens more
-    than the token in it.
+    `breath()` seconds at least are between two pieces of a text: an event costs the processors that write the tokens
+    more than the token in it.
     """
 
     def told(i: int, answer: Answer) -> Iterator[Event]:
@@ -84,7 +91,7 @@ def stream(answers: Sequence[Answer], script: Script, pause: float = 0.0) -> Res
             if not answer.handle.pending:  # what is there already goes out together: a lagging stream costs less
                 yield script.piece(i, held)
                 held = ""
-                answer.handle.rest(pause)
+                answer.handle.rest(breath())
         if held:
             yield script.piece(i, held)
         yield script.end(i)

@@ -21,6 +21,7 @@ from functional_lm.text.interface import ASSISTANT
 from functional_lm.text.tokenizer import Tokenizer
 from functional_lm.tree import Tree
 
+LONGEST_BREATH = 0.1  # seconds: to a reader ten pieces a second still flow
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")  # of an adapter: it is no path and stands in one line
 
 
@@ -66,6 +67,14 @@ class Service:
     def names(self) -> list[str]:
         """Of the model, then of its adapters."""
         return list(self._adapters)
+
+    @property
+    def breath(self) -> float:
+        """Seconds between two events of a stream now: `pause`, and longer (up to LONGEST_BREATH) while others wait.
+
+        Where more ask than there are slots, what an event costs is taken from those who wait.
+        """
+        return max(self.pause, min(LONGEST_BREATH, self.pause * self.engine.crowding))
 
     @property
     def obstacle(self) -> str | None:
