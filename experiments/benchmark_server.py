@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--first", type=float, default=1.0)
     parser.add_argument("--each", type=float, default=0.1)
-    parser.add_argument("--pause", type=float, default=0.02)
+    parser.add_argument("--pause", type=float, default=0.04)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "int8"))
     parser.add_argument("--compile", default="true", choices=("true", "false"))
     flags = parser.parse_args()

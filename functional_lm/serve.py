@@ -42,7 +42,7 @@ class ServeFlags:
     slots: int = option(8, "texts that are written at once", low=1, high=1024)
     context: int | None = option(None, "longest prompt and answer together, tokens; the model's if not given", low=2)
     pause: float = option(
-        0.02, "seconds between two events of a stream, in which what is written meanwhile goes out; 0: every token",
+        0.04, "seconds between two events of a stream, in which what is written meanwhile goes out; 0: every token",
         low=0, high=10,
     )  # fmt: skip
     max_tokens: int | None = option(None, "most tokens that a request may ask for; the context's if not given", low=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from functional_lm.serving.answer import Answer
 from functional_lm.serving.service import Service
 
 Event = dict[str, Any]
+_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def ask(service: Service, requests: Sequence[Request], stops: Sequence[str]) -> list[Answer]:
@@ -81,30 +82,33 @@ def stream(answers: Sequence[Answer], script: Script, breath: Callable[[], float
     more than the token in it.
     """
 
-    def told(i: int, answer: Answer) -> Iterator[Event]:
+    def told(i: int, answer: Answer) -> Generator[str, None, str]:
+        """Yields what goes out while the answer is written, returns what is left to tell of it."""
         pieces = iter(answer)
         first = next(pieces, None) if script.late else None
-        yield from script.begin(i)
+        yield from map(_line, script.begin(i))
         held = first or ""
         for text in pieces:
             held += text
             if not answer.handle.pending:  # what is there already goes out together: a lagging stream costs less
-                yield script.piece(i, held)
+                yield _line(script.piece(i, held))
                 held = ""
                 answer.handle.rest(breath())
-        if held:
-            yield script.piece(i, held)
-        yield script.end(i)
+        return (_line(script.piece(i, held)) if held else "") + _line(script.end(i))
 
     def events() -> Iterator[str]:
+        left = ""
         try:
             for i, answer in enumerate(answers):
-                yield from map(_line, told(i, answer))
+                if left:
+                    yield left
+                left = ""
+                left = yield from told(i, answer)
             if script.last is not None:
-                yield _line(script.last())
+                left += _line(script.last())
         except FunctionalLMError as error:
-            yield _line({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
-        yield "data: [DONE]\n\n"
+            left += _line({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
+        yield left + "data: [DONE]\n\n"
 
     def give_up() -> None:
         for answer in answers:
@@ -117,4 +121,4 @@ def stream(answers: Sequence[Answer], script: Script, breath: Callable[[], float
 
 
 def _line(value: Event) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {_json(value)}\n\n"

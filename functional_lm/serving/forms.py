@@ -25,7 +25,7 @@ def _no_bool(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Ids = list[Whole]
+Ids = list[int]
 
 
 class Form(BaseModel):
