@@ -7,7 +7,8 @@ Random weights if no model is given (the numbers do not matter to the clock). Ev
 after the other, with prompts of their own. The same requests go through HTTP, sent by another process, and straight to
 the engine from threads of this one; the two take turns, and the table has the medians over the rounds. A request is
 good if its first token came within `--first` seconds and the others every `--each` seconds on average: goodput counts
-the tokens of good ones. The cost of HTTP is the share of the engine's own tokens/s that is lost through it.
+the tokens of good ones. The cost of HTTP is the share of the engine's own tokens/s that is lost through it, the median
+over the rounds.
 """
 
 from __future__ import annotations
@@ -191,11 +192,14 @@ def measure(flags: argparse.Namespace) -> None:
     print("| clients | first token ms | its 95 % | ms a token | tokens/s | good tokens/s |\n|---|---|---|---|---|---|")
     for clients in map(int, flags.clients.split(",")):
         outside(1), inside(1)
-        runs = [(inside(clients), outside(clients)) for _ in range(flags.rounds)]
-        own, http_ = [one for one, _ in runs], [two for _, two in runs]
+        own, http_ = [], []
+        for number in range(flags.rounds):
+            for here in (True, False) if number % 2 else (False, True):  # who begins changes
+                (own if here else http_).append((inside if here else outside)(clients))
+        cost = statistics.median(1 - speed([two]) / speed([one]) for one, two in zip(own, http_, strict=True))
         print(row(f"{clients} in the process", own, flags.first, flags.each))
         print(row(f"{clients} through HTTP", http_, flags.first, flags.each), flush=True)
-        print(f"    HTTP costs {100 * (1 - speed(http_) / speed(own)):.1f} %", file=sys.stderr)
+        print(f"    HTTP costs {100 * cost:.1f} %", file=sys.stderr)
     host.close()
     engine.close()
 
