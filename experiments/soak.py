@@ -19,6 +19,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
@@ -71,6 +72,21 @@ def stuck(argv: list[str], log: str) -> None:
 
     dataset.batch = never
     train(argv, log)
+
+
+def held(argv: list[str], log: str, gate: str) -> None:
+    """The command with a disk that takes nothing of a checkpoint until there is a file `gate`."""
+    from functional_lm import disk
+
+    def waiting(operation: disk.Operation) -> Any:
+        if threading.current_thread().name == "saver" and not Path(gate).exists():
+            print("held", flush=True)
+            while not Path(gate).exists():
+                time.sleep(0.01)
+        return operation.act(1.0)
+
+    with disk.watched_by(waiting):
+        train(argv, log)
 
 
 def context() -> Any:

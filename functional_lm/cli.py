@@ -13,6 +13,7 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -117,6 +118,7 @@ def main_single(command: Command, argv: Sequence[str] | None = None, prog: str |
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = False
     try:
+        _as_ctrl_c(signal.SIGTERM)
         if "--help" in argv or "-h" in argv:
             print(help_text(command, prog or f"python -m functional_lm {command.name}"))
         elif "--version" in argv:
@@ -129,6 +131,13 @@ def main_single(command: Command, argv: Sequence[str] | None = None, prog: str |
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return _report(error, debug)
+
+
+def _as_ctrl_c(number: int) -> None:
+    """Let a signal end the command as Ctrl-C does: with a word and with what it tidies up on its way out."""
+    with suppress(ValueError):  # not the main thread: whoever runs it handles signals
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def call(command: Command, given: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ is added here is the name it is found by. A pure function *is* its code and what
 
 says all that a compiled form depends on (module constants of the package are taken for what its source says). A
 function that closes over a tensor, or over anything that has no such digest, is compiled in the ordinary way. The files
-lie in Inductor's cache folder and are trusted as far as it is.
+lie in Inductor's cache folder and are trusted as far as it is: they are programs, and torch unpickles them. A folder
+that others may write to is neither read nor written.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import hashlib
 import os
 import platform
 import re
+import stat
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -113,6 +115,8 @@ def _variant(
         path = folder() / f"{name(function, (args, named))}.bin"
     except NoDigestError:
         return None
+    if not ours(path.parent):
+        return None
     if path.is_file():
         with contextlib.suppress(Exception):  # damaged, or of a torch that reads it differently: it is made anew
             variant: Any = _read(path)
@@ -143,6 +147,14 @@ def folder() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir()) / "functional_lm"
+
+
+def ours(folder: Path) -> bool:
+    """Whether nobody else can have put a program there: a folder of this user's that not everybody may write to."""
+    if not folder.exists() or not hasattr(os, "getuid"):
+        return True
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & stat.S_IWOTH
 
 
 def of_tensors(guards: Any) -> list[bool]:

@@ -131,12 +131,11 @@ def _journal(options: EvolveFlags, out: Path) -> Journal | None:
     # A flag that is younger than the journal was what it is where it is not given.
     before = _as_json(EvolveFlags()) | journal.header["flags"]
     now = _as_json(options)
-    for name in evolve_flags.FIXED:
-        if before[name] != now[name]:
-            raise UsageError(
-                f"{out} holds another run (--{name} was {before[name]}, is {now[name]}); "
-                "choose another --out, or --overwrite it"
-            )
+    changes = [
+        f"--{name} was {before[name]}, is {now[name]}" for name in evolve_flags.FIXED if before[name] != now[name]
+    ]
+    if changes:
+        raise UsageError(f"{out} holds another run ({'; '.join(changes)}); choose another --out, or --overwrite it")
     if journal.cut:
         console.say(f"the last line of {path} was cut off; its generation is measured again")
     return journal

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -36,12 +37,12 @@ PARTS = (
     "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "model.safetensors",
 )  # fmt: skip
-FREE = ("out", "rounds", "timeout", "device")  # what may change when rounds go on
+FREE = ("out", "rounds", "timeout")  # what may change when rounds go on
 
 
 def run(options: ImproveFlags) -> int:
     """All rounds; returns the exit code. What cannot be meant is refused before anything is written."""
-    from functional_lm import folder, run_folder, tree
+    from functional_lm import folder, run_folder, seal, tree
     from functional_lm.text import conversations, corpus
 
     out, source = Path(options.out), Path(options.model)
@@ -52,14 +53,15 @@ def run(options: ImproveFlags) -> int:
     model = folder.load(source, options.device)
     conversations.require_markers(model.tokenizer, options.model)
     digest = tree.digest(model.params)
+    text = hashlib.sha256("".join(map(seal.sha256, found.files)).encode()).hexdigest()
     asker = asker_of(options, model, found)
-    before = _opened(options, out, digest)
+    before = _opened(options, out, digest, text)
     if before is None and (run_folder.holds_model(out) or (out.is_dir() and any(out.iterdir()))):
         raise UsageError(f"{out} holds something else; choose another --out")
     files.make_folder(out)
     with files.locked(out / "lock", f"another process is improving {out}; wait for it, or choose another --out"):
         if before is None:
-            files.write_json(out / RECORD, {"flags": _as_json(options), "digest": digest})
+            files.write_json(out / RECORD, {"flags": _as_json(options), "digest": digest, "text": text})
         log = before or []
         _settle(out, source, log)
         return _rounds(options, out, model, asker, log)
@@ -87,7 +89,7 @@ def _as_json(options: ImproveFlags) -> dict[str, Any]:
 # Which rounds there are -----------------------------------------------------------------------------------------------
 
 
-def _opened(options: ImproveFlags, out: Path, digest: str) -> list[dict[str, Any]] | None:
+def _opened(options: ImproveFlags, out: Path, digest: str, text: str) -> list[dict[str, Any]] | None:
     """The rounds to go on from, None for a new run. A last line that was cut off is a round that is done again."""
     if not (out / RECORD).is_file():
         return None
@@ -96,10 +98,15 @@ def _opened(options: ImproveFlags, out: Path, digest: str) -> list[dict[str, Any
         before, base = record["flags"], record["digest"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out / RECORD} is damaged; choose another --out") from error
-    for name, now in _as_json(options).items():
-        if name not in FREE and before.get(name) != now:
-            raise UsageError(f"{out} holds other rounds (--{name} was {before.get(name)}, is {now}); choose another "
-                             "--out")  # fmt: skip
+    changes = [
+        f"--{name} was {before.get(name)}, is {now}"
+        for name, now in _as_json(options).items()
+        if name not in FREE and before.get(name) != now
+    ]
+    if record.get("text", text) != text:  # rounds of an earlier version did not note it
+        changes.append("the text has changed")
+    if changes:
+        raise UsageError(f"{out} holds other rounds ({'; '.join(changes)}); choose another --out")
     if base != digest:
         raise DataError(f"{out} began with another model ({base[:12]}) than the one in {options.model} ({digest[:12]})")
     if not (out / LOG).is_file():

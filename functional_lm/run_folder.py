@@ -140,8 +140,8 @@ def _earlier(checkpoint: Path | None, out: Path) -> dict[str, Any]:
         return {}
     try:
         found = files.read_json(out / "run.json")
-        options = {name: value for name, value in found["options"].items() if name not in training_flags.FREE}
-        return {"options": options, **{name: found[name] for name in ("overrides", "budget", "versions")}}
+        rest = {name: found[name] for name in ("overrides", "budget", "versions")}
+        return {"options": _fixed(found["options"]), **rest}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{out / 'run.json'} is damaged; choose another --out, or --overwrite the run") from error
 
@@ -170,7 +170,8 @@ def _differences(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Ma
         before, now = ({**values, "block_size": None} for values in (before, now))
     if flags.device != "cpu":
         before, now = ({**values, "threads": None} for values in (before, now))
-    names = sorted(before.keys() | now.keys())
+    sometimes = {name for names in training_flags.HANGING.values() for name in names}
+    names = sorted((before.keys() | now.keys()) - (sometimes - (before.keys() & now.keys())))
     changes = [name for name in names if not _same(name, before.get(name), now.get(name))]
     return [f"--{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}" for name in changes]
 
@@ -190,7 +191,12 @@ def _places(value: str) -> list[str]:
 
 def fixed(flags: TrainingFlags) -> dict[str, Any]:
     """The flags that make a run what it is, as JSON has them."""
-    return _as_json({k: v for k, v in dataclasses.asdict(flags).items() if k not in training_flags.FREE})
+    return _fixed(dataclasses.asdict(flags))
+
+
+def _fixed(options: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name for flag, names in training_flags.HANGING.items() if options.get(flag) for name in names}
+    return _as_json({k: v for k, v in options.items() if k not in training_flags.FREE - kept})
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from functional_lm.training.step import Batch, Training, TrainState
     from functional_lm.tree import Tree
 
-REWINDS = 5  # of one process, before it gives up
+REWINDS = 5  # of one run, before it gives up
 
 
 class Written(NamedTuple):
@@ -109,18 +110,18 @@ def train(
     Raises KeyboardInterrupt after a signal (the state is saved), FunctionalLMError out of memory, when the loss is
     not finite any more, and when the disk takes no checkpoint.
     """
-    rewinds = 0
     while True:
         outcome, best = _train(flags, job, state, memory, out, recorder)
         if outcome.ended != "spike":
             break
-        rewinds += 1
+        rewinds = 1 + memory.get("rewinds", 0)
         if rewinds > REWINDS:
             raise FunctionalLMError(
                 f"the loss spiked {rewinds} times (the last time in step {outcome.last}); lower --learning_rate, or "
                 f"raise --spike above {flags.spike:g}"
             )
         state, memory = _rewound(outcome, job, state, out, recorder)
+        memory = {**memory, "rewinds": rewinds}
     if outcome.interrupted:
         console.say(f"stopped; the same command goes on from {_newest(out)}")
         raise KeyboardInterrupt  # the exit code of a stopped run, 130
@@ -147,19 +148,28 @@ def _train(
 
     def validate(state: TrainState) -> Values:
         losses = [job.measure(params, flags.eval_batches).loss for params in members(state, job)]
-        kept = best.value, best.step
-        if flags.patience and best.observe(loop.steps_taken(state), losses[0]):
-            try:
-                check_there(out)
-                run_best.keep(out, best.step, lambda path: _save(path, state.best_params, job))
-            except OSError as error:
-                trouble(error)
-                best.value, best.step = kept  # what is not on the disk cannot be the model in the end
+        if flags.patience:
+            with troubled(trouble):
+                saver.wait()  # one that could not be kept is the best no more
+            before = best.value, best.step
+            if best.observe(loop.steps_taken(state), losses[0]):
+                saver.also(state.best_params, partial(keep, best.step, before))
         return {"val_loss": losses if job.members else losses[0]}
 
+    def keep(step: int, before: tuple[float | None, int], params: Tree) -> None:
+        """On the saver's thread."""
+        try:
+            check_there(out)
+            run_best.keep(out, step, lambda path: _save(path, params, job))
+        except OSError:
+            best.value, best.step = before  # what is not on the disk cannot be the model in the end
+            raise
+
     def save(state: TrainState, progress: loop.Progress) -> None:
+        with troubled(trouble):
+            saver.wait()  # an error of the save before costs that one, and says what the best is
         kept: dict[str, Any] = {"best": dataclasses.asdict(best), "bad": progress.bad, "ahead": plan.ahead}
-        kept["losses"] = progress.losses
+        kept["losses"], kept["rewinds"] = progress.losses, memory.get("rewinds", 0)
         kept["position"] = (loop.steps_taken(state) + plan.ahead) * plan.accumulation  # the next microbatch
         if flags.minutes:  # the one case in which the clock decides what comes
             kept["seconds"] = progress.seconds
@@ -171,20 +181,25 @@ def _train(
     def sample(state: TrainState) -> None:
         recorder.text(loop.steps_taken(state), "sample", "".join(job.sample(members(state, job)[0])))
 
-    with saving(flags, job, out, trouble) as saver, _tracing(flags, out, recorder) as trace:
-
-        def watch(number: int) -> None:
+    def watch(number: int) -> None:
+        with troubled(trouble):
+            saver.check()
+        with troubled(untraced):
             trace(number)
-            with troubled(trouble):
-                saver.check()
 
-        hooks = loop.Hooks(job.batch, record, validate, save, sample, lambda: 0 < flags.patience <= best.waited, watch)
-        try:
-            return loop.run(state, job.functions, plan, hooks), best
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            raise FunctionalLMError(_advice(flags)) from error
+    hooks = loop.Hooks(job.batch, record, validate, save, sample, lambda: 0 < flags.patience <= best.waited, watch)
+    untraced = Trouble(flags, "the trace was not written")
+    with loop.stopping_by_signal() as stopping:
+        with saving(flags, job, out, trouble) as saver, _tracing(flags, out, recorder) as trace:
+            try:
+                outcome = loop.run(state, job.functions, plan, hooks, stopping)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                raise FunctionalLMError(_advice(flags)) from error
+        if stopping():
+            outcome.ended = "interrupted"
+    return outcome, best
 
 
 def _rewound(
@@ -193,7 +208,9 @@ def _rewound(
     """The newest checkpoint, and the batches since then passed over. Raises FunctionalLMError if there is none."""
     from functional_lm.training import checkpoint
 
-    path, _ = checkpoint.newest(out / "checkpoints")
+    path, damaged = checkpoint.newest(out / "checkpoints")
+    for entry in damaged:
+        console.say(f"passing over a damaged checkpoint, which is kept: {entry.reason}")
     if path is None:
         raise FunctionalLMError(
             f"the loss spiked in step {outcome.last}, before the first checkpoint; lower --save_every or the rate"

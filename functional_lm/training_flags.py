@@ -47,6 +47,9 @@ FREE = frozenset(
     ]
 )
 
+# Unless something hangs on them: which model is the best one, and where a spike goes back to.
+HANGING = {"patience": ("eval_every", "eval_batches"), "spike": ("save_every", "save_epochs")}
+
 Flags = TypeVar("Flags", bound="TrainingFlags")
 
 

@@ -155,6 +155,17 @@ def test_a_store_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeyp
     assert again(None)({"a": torch.ones(3)}, torch.tensor(2.0))[0]["a"].tolist() == [2.0] * 3
 
 
+def test_a_store_that_everybody_may_write_to_is_neither_read_nor_written(store):
+    state = {"a": torch.ones(3)}
+    again(store)(state, torch.tensor(2.0))
+    before = compile_store.loaded()
+    store.chmod(0o777)
+    assert again(store)(state, torch.tensor(3.0))[0]["a"].tolist() == [3.0] * 3
+    assert again(store)({"b": torch.ones(2)}, torch.tensor(3.0))[0]["b"].tolist() == [3.0] * 2
+    assert compile_store.loaded() == before
+    assert len(list(store.iterdir())) == 1
+
+
 def test_switching_the_compilers_cache_off_switches_this_one_off(store):
     with torch._inductor.config.patch(force_disable_caches=True):
         assert again(store)({"a": torch.ones(3)}, torch.tensor(2.0))[0]["a"].tolist() == [2.0] * 3

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -124,6 +126,27 @@ def test_an_error_of_the_thread_is_raised_once_by_whatever_is_called_next(method
         saver.save(state(2), {}) if method == "save" else getattr(saver, method)()
     saver.wait()
     assert len(write.written) == 1
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_no_copy_outlives_its_save(failing: bool) -> None:
+    """Without the help of the cyclic collector: the next copy may be made at once."""
+    copies = []
+
+    def write(now: TrainState, memory: Mapping[str, Any]) -> None:
+        copies.append(weakref.ref(now.params["w"]))
+        if failing:
+            raise OSError(28, "No space left on device")
+
+    saver = Saver(write)
+    gc.disable()
+    try:
+        saver.save(state(1), {})
+        with suppress(OSError):
+            saver.wait()
+        assert [copy() for copy in copies] == [None]
+    finally:
+        gc.enable()
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------

@@ -153,6 +153,19 @@ def test_harmless_flags_are_taken(run: Path, copy: Path, text: Path) -> None:
     assert contents(copy)["model.safetensors"] == contents(run)["model.safetensors"]
 
 
+def test_what_decides_the_best_model_or_the_way_back_is_no_harmless_flag(
+    copy: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run without --patience and --spike, which has no such flags to keep, everything goes."""
+    flags = {**QUIET, "eval_every": 1, "data": text, "out": copy.with_name("other"), "steps": 2}
+    assert pretrain(**flags, patience=2, spike=9.0) == 0
+    capsys.readouterr()
+    assert pretrain(**{**flags, "steps": 4, "eval_every": 2}, patience=2, spike=9.0, save_epochs=True) == 2
+    said = one_line(capsys)
+    assert "(--eval_every was 1, is 2; --save_epochs was False, is True)" in said
+    assert pretrain(**{**flags, "steps": 4}, patience=2, spike=9.0) == 0
+
+
 def test_a_file_may_be_named_in_another_way(
     run: Path, copy: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -581,6 +594,28 @@ def test_the_second_signal_exits_at_once(tmp_path: Path) -> None:
     process.kill()
     assert said == 130
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_waits_for_the_last_checkpoint_and_a_second_one_does_not(tmp_path: Path, signals: int) -> None:
+    """SIGTERM behind the last step, while its checkpoint is being written."""
+    out, log, gate = tmp_path / "run", tmp_path / "log", tmp_path / "gate"
+    off = dict.fromkeys(("save_every", "eval_every", "patience", "spike"), 0)
+    argv = soak.words(data=soak.text(tmp_path / "text.txt"), out=out, steps=2, **off)
+    process = soak.context().Process(target=soak.held, args=(argv, str(log), str(gate)))
+    process.start()
+    until(lambda: log.exists() and "held" in log.read_text())
+    os.kill(process.pid, signal.SIGTERM)
+    until(lambda: "once more to stop at once" in log.read_text())
+    if signals == 2:
+        os.kill(process.pid, signal.SIGTERM)
+    else:
+        gate.touch()
+    process.join(60)
+    assert process.exitcode == 130
+    assert "Traceback" not in log.read_text()
+    assert [path.name for path in checkpoint.listing(out / "checkpoints")] == ["step-00000002"][: 2 - signals]
+    assert not (out / "model.safetensors").exists()
 
 
 def test_json_of_a_run_is_what_every_reader_understands(run: Path) -> None:

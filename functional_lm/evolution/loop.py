@@ -124,8 +124,8 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
                 )
             if out and plan.save_every and (number + 1) % plan.save_every == 0:
                 save(out, outcome, plan.keep)
-    if out:
-        save(out, outcome, plan.keep)
+        if out:
+            save(out, outcome, plan.keep)
     return outcome
 
 

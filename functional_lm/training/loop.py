@@ -135,8 +135,10 @@ def whole_step(
     return several
 
 
-def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Outcome:
-    """Train until the plan's end. Ctrl-C or SIGTERM finishes the step, saves and returns; a second one ends at once.
+def run(
+    state: TrainState, functions: Training, plan: Plan, hooks: Hooks, stopping: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Train until the plan's end; once `stopping()` (`stopping_by_signal`), finish the step, save and return.
 
     Raises FunctionalLMError when loss or gradient were not finite for `plan.bad_steps` steps in a row.
     """
@@ -146,50 +148,49 @@ def run(state: TrainState, functions: Training, plan: Plan, hooks: Hooks) -> Out
     if ended := clock.ending(done):
         outcome.ended = ended
         return outcome
-    with stopping_by_signal() as stopping:
-        with (
-            _compilers_end_with_us(stopping),
-            console.announced("compiling the training step", quiet=not plan.compile) as compiling_clock,
-        ):
-            outcome.state, report = step(outcome.state, done)
-            compiling.synchronize(state.step.device)
-        outcome.compile_seconds = compiling_clock.seconds if plan.compile else 0.0
-        clock.start()
-        readings = _Readings(plan, in_flight=0 if state.step.device.type == "cpu" else 1)
-        with _bar(plan, done) as bar:
-            for number in itertools.count(done + 1):
-                if number > done + 1:
-                    outcome.state, report = step(outcome.state, number - 1)
-                hooks.watch(number)
-                readings.add(number, report)
-                ended = clock.ending(number) or ("interrupted" if stopping() else "")
-                validating = _due(number, plan.eval_every) and not ended
-                saving = _due(number, plan.save_every) or _ends_epoch(number, plan.save_epochs) or bool(ended)
-                sampling = _due(number, plan.sample_every) and not ended
-                for settled, values in readings.ready(everything=validating or saving or sampling):
-                    _show(bar, values)
-                    if settled % plan.log_every == 0 or ended or "skipped" in values:
-                        hooks.record(settled, values)
-                if readings.spiked:
-                    ended = "spike"
-                    break
-                if validating:
-                    hooks.record(number, hooks.validate(outcome.state))
-                    ended = "patience" if hooks.enough() else ""
-                if sampling:
-                    hooks.sample(outcome.state)
-                if saving or ended:
-                    hooks.save(outcome.state, readings.progress(clock.seconds))
-                if validating or saving or sampling:
-                    readings.restart_clock()
-                    bar.unpause()
-                if ended:
-                    break
-                if (total := clock.estimate(number)) is not None:
-                    outcome.state = lasting(outcome.state, total)
-                    bar.total = total
-        outcome.steps, outcome.ended, outcome.rates, outcome.last = number - done, ended, readings.rates, number
-        outcome.seconds = clock.seconds
+    with (
+        _compilers_end_with_us(stopping),
+        console.announced("compiling the training step", quiet=not plan.compile) as compiling_clock,
+    ):
+        outcome.state, report = step(outcome.state, done)
+        compiling.synchronize(state.step.device)
+    outcome.compile_seconds = compiling_clock.seconds if plan.compile else 0.0
+    clock.start()
+    readings = _Readings(plan, in_flight=0 if state.step.device.type == "cpu" else 1)
+    with _bar(plan, done) as bar:
+        for number in itertools.count(done + 1):
+            if number > done + 1:
+                outcome.state, report = step(outcome.state, number - 1)
+            hooks.watch(number)
+            readings.add(number, report)
+            ended = clock.ending(number) or ("interrupted" if stopping() else "")
+            validating = _due(number, plan.eval_every) and not ended
+            saving = _due(number, plan.save_every) or _ends_epoch(number, plan.save_epochs) or bool(ended)
+            sampling = _due(number, plan.sample_every) and not ended
+            for settled, values in readings.ready(everything=validating or saving or sampling):
+                _show(bar, values)
+                if settled % plan.log_every == 0 or ended or "skipped" in values:
+                    hooks.record(settled, values)
+            if readings.spiked:
+                ended = "spike"
+                break
+            if validating:
+                hooks.record(number, hooks.validate(outcome.state))
+                ended = "patience" if hooks.enough() else ""
+            if sampling:
+                hooks.sample(outcome.state)
+            if saving or ended:
+                hooks.save(outcome.state, readings.progress(clock.seconds))
+            if validating or saving or sampling:
+                readings.restart_clock()
+                bar.unpause()
+            if ended:
+                break
+            if (total := clock.estimate(number)) is not None:
+                outcome.state = lasting(outcome.state, total)
+                bar.total = total
+    outcome.steps, outcome.ended, outcome.rates, outcome.last = number - done, ended, readings.rates, number
+    outcome.seconds = clock.seconds
     return outcome
 
 
@@ -342,7 +343,10 @@ def _ends_epoch(number: int, steps: float) -> bool:
 
 @contextmanager
 def stopping_by_signal() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether the first Ctrl-C or SIGTERM has come; the second one ends the process."""
+    """A function that tells whether the first Ctrl-C or SIGTERM has come; the second one ends the process.
+
+    Held until the last byte is on the disk: what is saved behind the last step is not cut off by the first.
+    """
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:

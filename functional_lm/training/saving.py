@@ -1,12 +1,13 @@
 """Saving while training goes on: one thread, and at most one copy of a state.
 
 The copy is made before the next step writes into the state's buffers. Writing, syncing and hashing happen in the
-thread; the next save waits for it.
+thread; the next save waits for it. What went wrong is held without the copy that it went wrong with.
 """
 
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,27 +22,28 @@ Write = Callable[[TrainState, Mapping[str, Any]], None]
 class Saver:
     """`save` returns when the state is copied; what goes wrong afterwards is raised by the next call of a method."""
 
-    def __init__(self, write: Write, background: bool = True) -> None:
-        self._write, self._background = write, background
+    def __init__(self, write: Write) -> None:
+        self._write = write
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, state: TrainState, memory: Mapping[str, Any]) -> None:
         """Copy the state and have it written. Raises the error of the save before, and then saves nothing."""
+        self.also(state, lambda copy: self._write(copy, memory))
+
+    def also(self, values: Any, write: Callable[[Any], None]) -> None:
+        """Copy a tree and have `write(copy)` called. Raises the error of the save before, and then saves nothing."""
         self.wait()
-        if not self._background:
-            self._write(state, memory)
-            return
-        snapshot = tree.map(lambda leaf: leaf.detach().to("cpu", copy=True), state)
+        box = [tree.map(lambda leaf: leaf.detach().to("cpu", copy=True), values)]
         # A daemon: a second Ctrl-C ends the process at once, and what is half-written has a temporary name.
-        self._thread = threading.Thread(target=self._run, args=([snapshot], memory), daemon=True, name="saver")
-        del snapshot
+        self._thread = threading.Thread(target=self._run, args=(box, write), daemon=True, name="saver")
         self._thread.start()
 
-    def _run(self, box: list[TrainState], memory: Mapping[str, Any]) -> None:
+    def _run(self, box: list[Any], write: Callable[[Any], None]) -> None:
         try:
-            self._write(box.pop(), memory)
+            write(box.pop())
         except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the copy
             self._error = error
 
     def busy(self) -> bool:
@@ -52,7 +54,10 @@ class Saver:
         """Raise the error of a save that has ended with one; wait for none."""
         if self._error is not None:
             error, self._error = self._error, None
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it knows this frame, which would know it
 
     def wait(self) -> None:
         """Return when nothing is being saved. Raises the error of what was."""
