@@ -31,7 +31,7 @@ from functional_lm.training.saving import Saver, Verified
 SIZES = {
     1: (2, 128, 256, 4096, 4, 64),  # to see that it runs
     10: (6, 256, 1024, 16384, 8, 128),
-    100: (12, 768, 2048, 19000, 2, 128),
+    100: (12, 768, 2048, 19000, 8, 128),
 }
 
 

@@ -8,10 +8,12 @@ fail as a full or broken disk does, or does nothing any more, as a process that 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import mmap
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ class Operation(NamedTuple):
 
 Guard = Callable[[Operation], Any]
 _GUARDS: list[Guard] = []
+_HASHED = threading.local()  # .digests, while a thread hashes what it writes
 _NEVER_MADE: list[Path] = []
 
 LARGE, PAGE = 1 << 20, 4096  # bytes
@@ -60,10 +63,19 @@ def _do(kind: str, path: str | os.PathLike[str], act: Callable[[float], Any], so
 class _File(io.FileIO):
     """A file without a buffer: each write is one operation, and what it returned from is with the system."""
 
+    digest: Any = None  # of what was to be written, where it is wanted
+
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
+        if self.digest is not None:
+            self.digest.update(view)
         _do("write", cast(str, self.name), lambda share: self._all(view[: int(share * len(view))]))
         return len(view)
+
+    def close(self) -> None:
+        if self.digest is not None and not self.closed and _digests() is not None:
+            _digests()[Path(str(self.name))] = self.digest.hexdigest()
+        super().close()
 
     def _all(self, view: memoryview) -> None:
         if len(view) >= LARGE and hasattr(os, "O_DIRECT"):
@@ -102,14 +114,33 @@ class _File(io.FileIO):
         return view
 
     def truncate(self, size: int | None = None, /) -> int:
-        cut = super().truncate
+        cut, self.digest = super().truncate, None
         return int(_do("truncate", cast(str, self.name), lambda share: cut(size)))
+
+
+@contextmanager
+def hashed() -> Iterator[dict[Path, str]]:
+    """The sha256 of every file that this thread writes from its beginning while the block lasts, by name.
+
+    It is that of what was to be written: what the disk made of it is not read.
+    """
+    before, _HASHED.digests = _digests(), {}
+    try:
+        yield _HASHED.digests
+    finally:
+        _HASHED.digests = before
+
+
+def _digests() -> Any:
+    return getattr(_HASHED, "digests", None)
 
 
 def create(path: Path, mode: str = "wb") -> IO[Any]:
     """A file to write, as `open` gives it; text is UTF-8 with `\\n`."""
     plain = mode.replace("b", "").replace("t", "")
     file: _File = _do("create", path, lambda share: _File(str(path), plain))
+    if _digests() is not None and plain == "w":
+        file.digest = hashlib.sha256()
     if "b" in mode:
         return cast("IO[Any]", file)
     return io.TextIOWrapper(cast("Any", file), encoding="utf-8", newline="\n", write_through=True)
@@ -162,6 +193,11 @@ def write_foreign(path: Path, write: Callable[[Path], None]) -> None:
 def rename(source: Path, target: Path) -> None:
     """Atomic; a file at `target` is replaced, and so is an empty folder."""
     _do("rename", target, lambda share: os.replace(source, target), source)
+    digests = _digests()
+    if digests is not None:
+        digests.pop(target, None)
+        if source in digests:
+            digests[target] = digests.pop(source)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from functional_lm import files, seal
+from functional_lm import disk, files, seal
 from functional_lm.errors import DataError
 from functional_lm.training import checkpoint
 
@@ -18,9 +18,9 @@ FOLDER, NOTES, FORMAT = "best", "best.json", 1
 
 def keep(out: Path, step: int, save: Callable[[Path], Any]) -> None:
     """Write the model of `step`, whole and sealed."""
-    with files.writing_folder(out / FOLDER / checkpoint.name(step)) as temporary:
+    with files.writing_folder(out / FOLDER / checkpoint.name(step)) as temporary, disk.hashed() as digests:
         save(temporary)
-        seal.seal(temporary, NOTES, FORMAT, {"step": step})
+        seal.seal(temporary, NOTES, FORMAT, {"step": step}, digests)
 
 
 def kept(out: Path, step: int) -> Path:

@@ -24,11 +24,15 @@ class LaterFormat(DataError):
     """Whole, but of a later version of this program."""
 
 
-def seal(folder: Path, name: str, format: int, notes: Mapping[str, Any]) -> None:
-    """Write `name` into a folder that is otherwise complete."""
+def seal(
+    folder: Path, name: str, format: int, notes: Mapping[str, Any], digests: Mapping[Path, str] | None = None
+) -> None:
+    """Write `name` into a folder that is otherwise complete. Files that are not in `digests` are read."""
     entries = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != name)
+    known = digests or {}
     listed = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in entries
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": known.get(path) or sha256(path)}
+        for path in entries
     }
     whole = {"format": format, **notes, "files": listed}
     files.write_json(folder / name, {**whole, OWN: _own(whole)})

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from faults import KINDS, Failing, Killed, operations
 
-from functional_lm import disk, files, tree
+from functional_lm import disk, files, seal, tree
 from functional_lm.errors import DataError
 from functional_lm.text import dataset
 from functional_lm.training.record import read
@@ -171,3 +173,37 @@ def test_lines_that_a_full_disk_cut_off_are_left_out_when_they_are_read(tmp_path
         b'{"step": 1, "loss": 2}\n{"step": 2, "lo\n[3]\n\xff\n{"step": 4}\n{"step": "5"}\n{"st'
     )
     assert [row["step"] for row in read(tmp_path / "lines")] == [1, 4]
+
+
+def test_what_a_thread_writes_is_hashed_by_its_last_name(tmp_path: Path) -> None:
+    """From its beginning to its end; what is added to, or cut, has to be read."""
+    (tmp_path / "old.txt").write_text("old")
+    with disk.hashed() as digests:
+        with files.writing(tmp_path / "whole.bin") as file:
+            file.write(b"a" * 2_000_000)
+            file.write(b"b")
+        with files.append(tmp_path / "old.txt") as file:
+            file.write("er")
+        with disk.create(tmp_path / "cut.bin") as file:
+            file.write(b"abc")
+            file.truncate(1)
+        other = threading.Thread(target=files.write_text, args=(tmp_path / "other.txt", "other"))
+        other.start()
+        other.join()
+    assert digests == {tmp_path / "whole.bin": seal.sha256(tmp_path / "whole.bin")}
+    files.write_text(tmp_path / "later.txt", "later")
+    assert len(digests) == 1
+
+
+def test_a_seal_is_of_what_was_to_be_written(tmp_path: Path) -> None:
+    """A disk that says that it has written, and has not, is found out when the folder is read."""
+
+    def forgetful(operation: disk.Operation) -> Any:
+        return operation.act(0.5 if operation.kind == "write" and operation.path.name.endswith("a.bin") else 1.0)
+
+    with disk.hashed() as digests, disk.watched_by(forgetful):
+        with files.writing(tmp_path / "a.bin") as file:
+            file.write(b"abcd")
+        seal.seal(tmp_path, "notes.json", 1, {}, digests)
+    with pytest.raises(DataError, match="damaged"):
+        seal.verified(tmp_path, "notes.json", 1)

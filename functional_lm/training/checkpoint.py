@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from functional_lm import files, folder, seal, tree
+from functional_lm import disk, files, folder, seal, tree
 from functional_lm.errors import DataError
 from functional_lm.model.config import ModelConfig
 from functional_lm.text.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def save(
     if path.exists() and reason(path) is not None:
         files.replace(path, aside(path))
     parts = state._asdict()
-    with files.writing_folder(path) as temporary:
+    with files.writing_folder(path) as temporary, disk.hashed() as digests:
         if config is not None:
             folder.save(temporary, parts.pop("params"), config, tokenizer)
         else:
@@ -63,7 +63,7 @@ def save(
                 beside(temporary, state.best_params)
         tree.save(parts, temporary / "training.safetensors")
         notes = {"step": step, "population": config is None, "memory": dict(memory), "run": dict(run or {})}
-        seal.seal(temporary, NOTES, FORMAT, notes)
+        seal.seal(temporary, NOTES, FORMAT, notes, digests)
     return path
 
 

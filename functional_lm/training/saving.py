@@ -1,16 +1,19 @@
 """Saving while training goes on: one thread, and at most one copy of a state.
 
 The copy is made before the next step writes into the state's buffers. Writing, syncing and hashing happen in the
-thread; the next save waits for it. What went wrong is held without the copy that it went wrong with.
+thread; the next save waits for it. The copy's memory is kept for the next one: fresh memory has to be had from the
+system page by page, which takes longer than to fill it, and to give it back costs the steps theirs.
 """
 
 from __future__ import annotations
 
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from functional_lm import seal, tree
 from functional_lm.errors import DataError
@@ -26,6 +29,7 @@ class Saver:
         self._write = write
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._room: list[Tensor] = []  # where copies go
 
     def save(self, state: TrainState, memory: Mapping[str, Any]) -> None:
         """Copy the state and have it written. Raises the error of the save before, and then saves nothing."""
@@ -34,16 +38,28 @@ class Saver:
     def also(self, values: Any, write: Callable[[Any], None]) -> None:
         """Copy a tree and have `write(copy)` called. Raises the error of the save before, and then saves nothing."""
         self.wait()
-        box = [tree.map(lambda leaf: leaf.detach().to("cpu", copy=True), values)]
+        copy = self._copied(values)
         # A daemon: a second Ctrl-C ends the process at once, and what is half-written has a temporary name.
-        self._thread = threading.Thread(target=self._run, args=(box, write), daemon=True, name="saver")
+        self._thread = threading.Thread(target=self._run, args=(copy, write), daemon=True, name="saver")
         self._thread.start()
 
-    def _run(self, box: list[Any], write: Callable[[Any], None]) -> None:
+    def _copied(self, values: Any) -> Any:
+        """The tree in memory of its own on the CPU; only what has no place there yet gets a new one."""
+        spare = list(self._room)
+
+        def place(leaf: Tensor) -> Tensor:
+            for number, room in enumerate(spare):
+                if room.shape == leaf.shape and room.dtype == leaf.dtype:
+                    return spare.pop(number)
+            self._room.append(torch.empty(leaf.shape, dtype=leaf.dtype))
+            return self._room[-1]
+
+        return tree.map(lambda leaf: place(leaf).copy_(leaf.detach()), values)
+
+    def _run(self, copy: Any, write: Callable[[Any], None]) -> None:
         try:
-            write(box.pop())
+            write(copy)
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the copy
             self._error = error
 
     def busy(self) -> bool:
@@ -54,10 +70,7 @@ class Saver:
         """Raise the error of a save that has ended with one; wait for none."""
         if self._error is not None:
             error, self._error = self._error, None
-            try:
-                raise error
-            finally:
-                del error  # it knows this frame, which would know it
+            raise error
 
     def wait(self) -> None:
         """Return when nothing is being saved. Raises the error of what was."""
