@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from functional_lm.errors import DataError, FunctionalLMError, UsageError
@@ -132,17 +131,13 @@ class Group:
 
         threading.Thread(target=wait, daemon=True).start()
 
-    def stop(self, number: int, frame: FrameType | None) -> None:
-        """What SIGTERM does outside the loop: as Ctrl-C, but not to a rank that is about to say why it ends."""
-        if not self.ending.is_set():
-            raise KeyboardInterrupt
-
     @contextmanager
     def _listening(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # of every kind of connection
             self.ending.set()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to those that are left: they are about to end
             raise Lost(
                 f"a rank was lost: its process ended, or did not answer for {self.seconds:g} s; {GOES_ON}"
             ) from error
@@ -162,7 +157,6 @@ def joined(device: str, seconds: float) -> Iterator[Group]:
 
     store, rank, count = next(distributed.rendezvous("env://"))
     group = Group(rank, count, seconds, distributed.PrefixStore("functional_lm", store))
-    signal.signal(signal.SIGTERM, group.stop)  # torchrun's to those that are left when one is lost
     try:
         backend = "cpu:gloo,cuda:nccl" if _on_gpus(device) else "gloo"
         distributed.init_process_group(

@@ -374,4 +374,5 @@ def stopping_by_signal(hurry: Callable[[], None] = lambda: None) -> Iterator[Cal
         yield lambda: asked
     finally:
         for name, handler in before.items():
-            signal.signal(name, handler)
+            if signal.getsignal(name) in (ask, leave):  # nobody has decided otherwise meanwhile
+                signal.signal(name, handler)
