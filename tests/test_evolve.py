@@ -118,7 +118,7 @@ KINDS = {
 
 def test_dropout_is_a_choice_of_architecture(at: Path) -> None:
     """Members with it train otherwise than those without; the winner's configuration has its own."""
-    searched = ["--space", "architecture", "--strategy", "cma-es", "--sigma", "0.8", "--steps", "3", "--population", "4"]
+    searched = ["--space", "architecture", "--strategy", "cma-es", "--sigma", "0.8", "--steps", "3"]
     given = ["--val_fraction", "0.3", "--choices", "dropout=0:0.1", "--tuned", "", "--learning_rate", "0.01"]
     assert evolved(at / "run", *searched, *given, "--generations", "2") == 0
     summary = json.loads((at / "run" / "summary.json").read_text())
