@@ -28,7 +28,7 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +48,6 @@ from functional_lm.training import optimizer, schedule, step
 from functional_lm.training.transformation import chain, scale_by_learning_rate
 from functional_lm.tree import Tree
 
-SIZES = (4, 16, 64, 256, 1024, 4096)
 RANKS: dict[str, int | None] = {"rank 1": 1, "rank 4": 4, "full": None}
 TIME, ROWS = 48, 2
 PART = 128  # pairs whose noise is in memory at once
@@ -96,9 +95,8 @@ def trained(steps: int, vocab: int, width: int) -> Trained:
 # Estimates ------------------------------------------------------------------------------------------------------------
 
 
-def measuring(model: Trained, rank: int | None) -> Callable[[float], tuple[Tensor, Tensor]]:
+def measuring(model: Trained, rank: int | None, size: int) -> Callable[[float], tuple[Tensor, Tensor]]:
     """`sigma -> (fitness [P], keys of the pairs [N, 2])`; compiled once, the noise is drawn inside the forward."""
-    size = SIZES[-1]
     plain = chain(rate=scale_by_learning_rate())
     settings = gradient.Settings(size, noise="regenerated")
     strategy = gradient.estimating("study", settings, pairs_of(rank), plain)
@@ -129,11 +127,12 @@ def cosine(a: Tree, b: Tree) -> float:
 
 
 def cosines(
-    model: Trained, true: Tree, rank: int | None, found: Tensor, own: Tensor, most: int, ranks: bool = False
-) -> dict[int, list[float]]:
+    model: Trained, true: Tree, rank: int | None, found: Tensor, own: Tensor, sizes: Sequence[int], most: int,
+    ranks: bool = False,
+) -> dict[int, list[float]]:  # fmt: skip
     """By P, over up to `most` disjoint blocks of members; `ranks`: by centred ranks instead of the fitness itself."""
     made: dict[int, list[float]] = {}
-    for size in SIZES:
+    for size in sizes:
         for block in range(min(most, len(found) // size)):
             of = found[block * size : (block + 1) * size]
             shaped = shaping.centered_rank(of) if ranks else of
@@ -167,7 +166,11 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=int, default=8, help="estimates of each size, where there are members for them"
     )
+    parser.add_argument("--sizes", default="4,16,64,256,1024,4096", help="members P, even, the most of them last")
     given = parser.parse_args()
+    sizes = [int(size) for size in given.sizes.split(",")]
+    if sizes != sorted(set(sizes)) or any(size < 2 or size % 2 for size in sizes):
+        parser.error(f"--sizes {given.sizes} are not even numbers, each larger than the one before")
     started = time.perf_counter()
     model = trained(given.steps, given.vocab, given.width)
     size = tree.size(model.params)
@@ -177,27 +180,27 @@ def main() -> None:
     found: dict[str, dict[int, list[float]]] = {}
     measured: dict[str, Callable[[float], tuple[Tensor, Tensor]]] = {}
     for name, rank in RANKS.items():
-        measured[name] = measuring(model, rank)
+        measured[name] = measuring(model, rank, sizes[-1])
         values, own = measured[name](given.sigma)
-        found[name] = cosines(model, true, rank, values, own, given.blocks)
+        found[name] = cosines(model, true, rank, values, own, sizes, given.blocks)
         if name == "rank 1":
-            found["rank 1, centred ranks"] = cosines(model, true, rank, values, own, given.blocks, ranks=True)
+            found["rank 1, centred ranks"] = cosines(model, true, rank, values, own, sizes, given.blocks, ranks=True)
         print(f"  {name} ({time.perf_counter() - started:.0f} s)", flush=True)
-    laws = {name: [law(true, rank, p) for p in SIZES] for name, rank in RANKS.items()}
-    table(found, laws)
-    print(f"\n| σ | cosine at P = {SIZES[-1]}, rank 1 | with centred ranks |\n|---|---|---|")
+    laws = {name: [law(true, rank, p) for p in sizes] for name, rank in RANKS.items()}
+    table(found, laws, sizes)
+    print(f"\n| σ | cosine at P = {sizes[-1]}, rank 1 | with centred ranks |\n|---|---|---|")
     for sigma in (0.001, 0.003, 0.01, 0.03, 0.1):
         values, own = measured["rank 1"](sigma)
-        both = [cosines(model, true, 1, values, own, 1, ranks)[SIZES[-1]][0] for ranks in (False, True)]
+        both = [cosines(model, true, 1, values, own, sizes[-1:], 1, ranks)[sizes[-1]][0] for ranks in (False, True)]
         print(f"| {sigma} | {both[0]:.3f} | {both[1]:.3f} |", flush=True)
-    plot(Path(given.out), found, laws, size)
+    plot(Path(given.out), found, laws, sizes, size)
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 
-def table(found: dict[str, dict[int, list[float]]], laws: dict[str, list[float]]) -> None:
+def table(found: dict[str, dict[int, list[float]]], laws: dict[str, list[float]], sizes: Sequence[int]) -> None:
     names = list(found)
     print(f"\n| P | law, full | {' | '.join(names)} | law, rank 1 |\n|{'---|' * (len(names) + 3)}")
-    for number, size in enumerate(SIZES):
+    for number, size in enumerate(sizes):
         cells = []
         for name in names:
             values = torch.tensor(found[name][size])
@@ -206,20 +209,22 @@ def table(found: dict[str, dict[int, list[float]]], laws: dict[str, list[float]]
         print(f"| {size} | {laws['full'][number]:.3f} | {' | '.join(cells)} | {laws['rank 1'][number]:.3f} |")
 
 
-def plot(out: Path, found: dict[str, dict[int, list[float]]], laws: dict[str, list[float]], size: int) -> None:
+def plot(
+    out: Path, found: dict[str, dict[int, list[float]]], laws: dict[str, list[float]], sizes: Sequence[int], size: int
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(SIZES, laws["full"], color="grey", linestyle="--", label=f"√(N / (N + D + 1)), N = P / 2, D = {size}")
+    axes.plot(sizes, laws["full"], color="grey", linestyle="--", label=f"√(N / (N + D + 1)), N = P / 2, D = {size}")
     for name, by_size in found.items():
-        at = [p for p in SIZES for _ in by_size[p]]
-        line = axes.plot(SIZES, [sum(by_size[p]) / len(by_size[p]) for p in SIZES], linewidth=0.8, label=name)
-        axes.scatter(at, [value for p in SIZES for value in by_size[p]], s=8, color=line[0].get_color())
+        at = [p for p in sizes for _ in by_size[p]]
+        line = axes.plot(sizes, [sum(by_size[p]) / len(by_size[p]) for p in sizes], linewidth=0.8, label=name)
+        axes.scatter(at, [value for p in sizes for value in by_size[p]], s=8, color=line[0].get_color())
     axes.set(xscale="log", yscale="log", xlabel="members P", ylabel="cosine with the gradient")
-    axes.set_xticks(SIZES, [str(p) for p in SIZES])
+    axes.set_xticks(sizes, [str(p) for p in sizes])
     axes.set_ylim(bottom=1e-3)
     axes.grid(alpha=0.3)
     axes.legend()

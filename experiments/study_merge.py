@@ -2,6 +2,9 @@
 
     python experiments/study_merge.py --books Emma.md,Moby-Dick.md
 
+The two books of the README's table are Emma and Moby-Dick, which Project Gutenberg has as #158 and #2701
+(gutenberg.org/ebooks/158, gutenberg.org/ebooks/2701); other editions of the text end at other last digits.
+
 A small transformer is pretrained on the first halves of both books together, and two copies of it are fine-tuned on the
 next 30 % of one book each. Then merges of the two are measured on the last tenth of both books, which nothing has seen:
 the soup (equal shares), task arithmetic and TIES with the coefficients that are usual, and linear, task arithmetic and
@@ -130,8 +133,8 @@ def main() -> None:
     parser.add_argument("--pretraining", type=int, default=500, help="steps of 8 rows")
     parser.add_argument("--tuning", type=int, default=250, help="steps of 8 rows, on each book")
     parser.add_argument("--members", type=int, default=10)
-    parser.add_argument("--generations", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=128, help="that fitness is measured on")
+    parser.add_argument("--generations", type=int, default=15)
+    parser.add_argument("--rows", type=int, default=32, help="that fitness is measured on")
     given = parser.parse_args()
     paths = [Path(path) for path in given.books.split(",")]
     if len(paths) != 2 or not all(path.is_file() for path in paths):

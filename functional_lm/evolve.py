@@ -287,10 +287,11 @@ def _run(
 
     strategy, plan = evolution.strategy, _plan(options)
     if not group.first:
-        return loop.run(strategy, state, journal, plan, loop.Hooks(measure, lambda *values: None, agree=agree), None)
+        hooks = loop.Hooks(measure, lambda *values: None, agree=agree, hurry=group.hurry)
+        return loop.run(strategy, state, journal, plan, hooks, None)
     run_folder.settle(out)
     with unwritten("the generation was not written"), disk.never_made(out), Recorder(out, first) as recorder:
-        hooks = loop.Hooks(measure, recorder.metrics, validate, advance, task.describe, agree)
+        hooks = loop.Hooks(measure, recorder.metrics, validate, advance, task.describe, agree, group.hurry)
         return loop.run(strategy, state, journal, plan, hooks, out)
 
 

@@ -262,11 +262,12 @@ def chunk_of(options: EvolveFlags, evolution: Evolution, tokens: int) -> int:
     """Members at once, from the flag or from memory."""
     import torch
 
-    from functional_lm.evolution import population
+    from functional_lm.evolution import memory
 
     if options.chunk_size != "auto":
         return int(options.chunk_size)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     own = 4 * (own_numbers(options, evolution.space.start) + evolution.space.makes)
-    each = population.member_bytes(evolution.model.config, tokens, own, dtype)
-    return population.automatic_chunk(options.population, each, tokens, population.free_memory(device))
+    writes = any(map(evolve_flags.answers, evolve_flags.figures(options)))
+    each = memory.member_bytes(evolution.model.config, tokens, own, dtype, writes)
+    return memory.automatic_chunk(options.population, each, tokens, memory.free_memory(device), device.type)

@@ -143,7 +143,7 @@ def chunk_of(options: EvolveFlags, model: Model, ranks: int) -> int:
     """Members that are trained at once: those that half of the free memory holds, of the largest architecture."""
     import torch
 
-    from functional_lm.evolution import population
+    from functional_lm.evolution import memory
 
     if options.chunk_size != "auto":
         return int(options.chunk_size)
@@ -154,7 +154,7 @@ def chunk_of(options: EvolveFlags, model: Model, ranks: int) -> int:
         ).total
         for config in grid_of(options, model.config).able.values()
     )
-    room = int(population.SHARE * population.free_memory(torch.device(options.device))) // each
+    room = int(memory.SHARE * memory.free_memory(torch.device(options.device))) // each
     return max(1, min(room, -(-options.population // ranks)))
 
 

@@ -116,6 +116,18 @@ KINDS = {
 }
 
 
+def test_dropout_is_a_choice_of_architecture(at: Path) -> None:
+    """Members with it train otherwise than those without; the winner's configuration has its own."""
+    searched = ["--space", "architecture", "--strategy", "cma-es", "--sigma", "0.8", "--steps", "3"]
+    given = ["--val_fraction", "0.3", "--choices", "dropout=0:0.1", "--tuned", "", "--learning_rate", "0.01"]
+    assert evolved(at / "run", *searched, *given, "--generations", "2") == 0
+    summary = json.loads((at / "run" / "summary.json").read_text())
+    tried = {one["dropout"]: one["fitness"] for one in summary["architectures"]}
+    assert set(tried) == {0.0, 0.1}
+    assert tried[0.0] != tried[0.1]
+    assert folder.load(at / "run", "cpu").config.dropout == summary["architecture"]["dropout"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_replayed_and_uninterrupted_are_one(kind: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped after 2 of 4 generations (with and without a checkpoint of the last one), then on: the same bits."""

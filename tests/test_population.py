@@ -117,19 +117,6 @@ def test_a_merge_is_that_of_the_command() -> None:
     assert_close(found, population.looped(evolved, within, objective)(evolved.ask(state), batch), 1e-4)
 
 
-@given(
-    members=st.integers(1, 5000), each=st.integers(1, 2**30), tokens=st.integers(1, 2**15), free=st.integers(0, 2**34)
-)
-def test_automatic_chunks_fit_and_are_even(members: int, each: int, tokens: int, free: int) -> None:
-    size = population.automatic_chunk(members, each, tokens, free)
-    assert 1 <= size <= members
-    if size > 1:
-        assert size * each <= free * population.SHARE
-        assert size * tokens <= population.TOKENS_AT_ONCE
-    count = -(-members // size)
-    assert count * size - members < count  # nothing smaller does with as many chunks
-
-
 # What they write ------------------------------------------------------------------------------------------------------
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_evolve import EAGER, at, evolved, there, weights_of
 
-from functional_lm import tree
+from functional_lm import evolve, tree
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolution import journal as journals
 from functional_lm.evolution import population
@@ -55,6 +56,41 @@ def test_shares_are_whole_chunks_that_make_the_population(size: int, chunk: int,
     assert sum(counts) == size
     assert min(counts) > 0
     assert max(len(part.chunks) for part in parts) - min(len(part.chunks) for part in parts) <= 1
+
+
+def test_a_run_begun_alone_in_one_chunk_goes_on_with_more_ranks_in_smaller_ones(
+    at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--chunk_size auto stays what the journal says; the refusal names the flag with which two ranks go on."""
+    many = ["--population", "8"]
+    assert evolved(at / "run", *many, "--generations", "2") == 0
+    before = (at / "run" / journals.NAME).read_bytes()
+    journal = journals.read(at / "run" / journals.NAME)
+    assert journal.header["chunk"] == 8
+
+    @contextmanager
+    def second(device: str, seconds: float) -> Iterator[Group]:
+        yield Group(1, 2)
+
+    monkeypatch.setattr(evolve.ranks, "joined", second)
+    assert evolved(at / "run", *many, "--generations", "3") == 2
+    assert capsys.readouterr().err == (
+        "error: 2 ranks are more than the 1 chunk of 8 members; start at most 1, or give --chunk_size 4 or less "
+        "(of the fitness the last bits may change)\n"
+    )
+    assert (at / "run" / journals.NAME).read_bytes() == before
+
+
+@pytest.mark.long
+def test_with_a_smaller_chunk_two_ranks_go_on_where_one_began(at: Path) -> None:
+    many = ["--population", "8", "--generations"]
+    assert evolved(at / "run", *many, "2") == 0
+    assert begun(2, at / "run", at / "log", *many, "4").wait(600) != 0
+    (line,) = errors((at / "log").read_text())
+    assert "start at most 1, or give --chunk_size 4 or less" in line
+    assert begun(2, at / "run", at / "log", *many, "4", "--chunk_size", "4").wait(600) == 0
+    assert "the run began with chunk 8, now 4: the last bits of its numbers may differ" in (at / "log").read_text()
+    assert len(journals.read(at / "run" / journals.NAME).generations) == 4
 
 
 def test_alone_there_is_nobody_to_wait_for() -> None:
@@ -132,7 +168,7 @@ def errors(said: str) -> list[str]:
 def test_two_ranks_of_which_one_is_lost_and_one_that_goes_on_are_one(at: Path) -> None:
     """The generations that two ranks measured and those that one does are the ones of an uninterrupted run."""
     said = killed(1, 2, at / "run", at / "log")
-    assert [line[:23] for line in errors(said)] == ["error: a rank was lost:"] or "Signal 9" in said  # torchrun's words
+    assert [line[:23] for line in errors(said)] == ["error: a rank was lost:"], said
     done = generations(at / "run")
     assert evolved(at / "run", *FLAGS, "--generations", str(done + 3)) == 0
     assert evolved(at / "whole", *FLAGS, "--generations", str(done + 3)) == 0
@@ -164,6 +200,33 @@ def test_the_first_of_four_is_lost_and_two_go_on(at: Path) -> None:
     assert "going on with" in (at / "log").read_text()
     assert evolved(at / "whole", *FLAGS, "--generations", total) == 0
     assert weights_of(at / "run") == weights_of(at / "whole")
+
+
+@pytest.mark.long
+def test_in_a_long_generation_too_a_line_says_that_the_run_ends(at: Path) -> None:
+    """torchrun kills the ranks that are left after 30 s, in which this generation does not end."""
+    Path("slow.py").write_text(
+        "import os, time\n"
+        "def late(texts, rows):\n"
+        "    if 'RANK' in os.environ:\n        time.sleep(100)\n"
+        "    return [float(len(text)) for text in texts]\n"
+    )
+    answered = ["--fitness", "slow:late", "--max_tokens", "4", "--chunk_size", "4", "--population", "8"]
+    out, log = at / "run", at / "log"
+    assert evolved(out, *answered, "--generations", "1", data="rows.jsonl") == 0
+    runner = begun(2, out, log, *answered, "--generations", "9", data="rows.jsonl")
+    try:
+        while "going on with" not in log.read_text():
+            assert runner.poll() is None, log.read_text()
+            time.sleep(0.1)
+        time.sleep(5)
+        os.kill(process_of(runner.pid, 1), signal.SIGKILL)
+        assert runner.wait(60) != 0
+    finally:
+        runner.terminate()
+    (line,) = errors(log.read_text())
+    assert line.startswith("error: told to stop, and the generation took more than 20 s longer; the journal has"), line
+    assert len(journals.read(out / journals.NAME).generations) == 1
 
 
 @pytest.mark.long

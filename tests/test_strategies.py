@@ -36,6 +36,8 @@ def made(name: str, population: int = 16, noise: str = "stored") -> Strategy:
     how = gradient.Settings(population, noise=noise)
     if name == "genetic":
         return genetic.genetic(genetic.Settings(population, strength=0.5))
+    if name == "mezo":
+        return mezo.mezo(population, AT)
     if name in OTHERS:
         return OTHERS[name](population)
     return openai.openai_es(how, numbers=AT) if name == "openai-es" else eggroll.eggroll(how, 1, numbers=AT)
@@ -129,17 +131,38 @@ def test_the_best_stays_when_generations_get_worse(name: str) -> None:
     assert float(later.best_fitness) == 15.0
 
 
-@pytest.mark.parametrize("name", ["openai-es", "eggroll"])
+BY_PATH = ("openai-es", "eggroll", "mezo", "genetic", "pso")
+PART = "model.a.*"
+
+
+def assert_same_part(strategy: Strategy, state: object, other: Strategy, of_part: object) -> None:
+    """Members of `other`, whose tree is a part, have the leaves that those of `strategy` have there."""
+    whole, some = strategy.ask(state), other.ask(of_part)
+    for i in range(other.population):
+        found = tree.select(strategy.dense(whole, i), PART)
+        for mine, theirs in zip(tree.leaves(found), tree.leaves(other.dense(some, i)), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [*BY_PATH, "differential-evolution"])
 def test_noise_depends_on_key_and_path_alone(name: str) -> None:
     """Neither on the other leaves, nor on how many members there are."""
-    part = tree.select(START, "model.a.*")
-    whole_strategy, other = made(name, 16), made(name, 8)
-    whole = whole_strategy.ask(whole_strategy.init(keys.key(3), START))
-    some = other.ask(other.init(keys.key(3), part))
-    for i in range(8):
-        found = tree.select(whole_strategy.dense(whole, i), "model.a.*")
-        for mine, theirs in zip(tree.leaves(found), tree.leaves(other.dense(some, i))):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
+    strategy, other = made(name, 16), made(name, 8)
+    of_part = other.init(keys.key(3), tree.select(START, PART))
+    assert_same_part(strategy, strategy.init(keys.key(3), START), other, of_part)
+
+
+@pytest.mark.parametrize("name", BY_PATH)
+@given(seed=SEEDS)
+@settings(max_examples=3)
+def test_later_draws_too_depend_on_key_and_path_alone(name: str, seed: int) -> None:
+    """Steps, tournaments, crossover, mutation and velocities: at equal fitness a part goes its way as in the whole."""
+    strategy = made(name)
+    whole, part = (strategy.init(keys.key(seed), start) for start in (START, tree.select(START, PART)))
+    for generation in range(2):
+        fitness = numbers((16,), seed + generation)
+        whole, part = strategy.tell(whole, fitness), strategy.tell(part, fitness)
+    assert_same_part(strategy, whole, strategy, part)
 
 
 @pytest.mark.parametrize("name", ["openai-es", "eggroll"])

@@ -54,6 +54,7 @@ class Hooks(NamedTuple):
     advance: Callable[[Any, int], Any] = lambda state, number: state  # what a generation does before it is measured
     describe: Callable[[Any], Mapping[str, list[float]]] = lambda state: {}  # more of a measured state for the records
     agree: Callable[[str | None], str | None] = lambda ended: ended  # why the run ends here, whoever sees it
+    hurry: Callable[[], None] = lambda: None  # what else the signal does that ends the run after the generation
 
 
 @dataclass
@@ -90,7 +91,7 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
     outcome, started, lost = Outcome(state, journal, seconds=before), time.perf_counter(), 0
     total = plan.generations
     with (
-        stopping_by_signal() as stopping,
+        stopping_by_signal(hooks.hurry) as stopping,
         tqdm(total=total, initial=int(state.generation), unit=" generations", dynamic_ncols=True, disable=None) as bar,
     ):
         while True:

@@ -24,11 +24,7 @@ from functional_lm.evolution.fitness import Batch, Objective
 from functional_lm.evolution.gradient import Wrap, unwrapped
 from functional_lm.evolution.spaces import Space
 from functional_lm.evolution.strategy import Candidates, Strategy
-from functional_lm.model.config import ModelConfig
 from functional_lm.tree import Tree
-
-TOKENS_AT_ONCE = 16384  # more in one chunk is no faster on a CPU, and takes memory
-SHARE = 0.5  # of the free memory that a chunk may take
 
 Evaluate = Callable[[Candidates, Batch], Float[Tensor, "P"]]
 
@@ -60,8 +56,8 @@ def share(population: int, size: int | None = None, rank: int = 0, ranks: int = 
         raise UsageError(f"{ranks} ranks are more than the {population} members; start fewer, or give more members")
     if ranks > count:
         raise UsageError(
-            f"{ranks} ranks are more than the {count} chunks of {size} members; start fewer, or give a smaller "
-            "--chunk_size"
+            f"{ranks} ranks are more than the {count} chunk{'s' * (count > 1)} of {size} members; start at most "
+            f"{count}, or give --chunk_size {population // ranks} or less (of the fitness the last bits may change)"
         )
     each, more = divmod(count, ranks)
     start = rank * each + min(rank, more)
@@ -152,37 +148,3 @@ def looped(strategy: Strategy, space: Space, objective: Objective, dtype: torch.
         return torch.stack(found)
 
     return evaluate
-
-
-# How many at once -----------------------------------------------------------------------------------------------------
-
-
-def member_bytes(config: ModelConfig, tokens: int, own: int, dtype: torch.dtype) -> int:
-    """Bytes that one more member takes while it is computed: its own leaves, widest activations, logits."""
-    width = dtype.itemsize
-    activations = tokens * (8 * config.d_model + 3 * config.d_ff) * width
-    scores = 2 * tokens * config.n_heads * min(tokens, config.max_len) * 4
-    logits = tokens * config.vocab_size * (width + 4)
-    return own + max(activations + scores, activations // 2 + logits)
-
-
-def automatic_chunk(population: int, each: int, tokens: int, free: int) -> int:
-    """Members of a chunk: what memory holds, no more tokens than pay, and chunks as equal as they can be.
-
-    `each` are the bytes of a member, `tokens` those that it reads, `free` the bytes there are.
-    """
-    room = max(1, min(int(SHARE * free) // max(1, each), max(1, TOKENS_AT_ONCE // max(1, tokens))))
-    count = -(-population // min(room, population))
-    return -(-population // count)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device (of the CPU where the system tells; 2 GiB where it does not)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(line.split(":", 1) for line in file)
-        return 1024 * int(found["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return 2 << 30

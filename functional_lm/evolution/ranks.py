@@ -16,9 +16,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WEEK = timedelta(days=7)  # for what takes as long as it takes: torchrun ends who waits for a rank that is lost
+PATIENCE = 20.0  # seconds that a generation may take once a signal has come; torchrun kills what is left after 30
+GOES_ON = (
+    "the journal has all generations before, from which the same command goes on, with any number of ranks up to that "
+    "of the chunks"
+)
 STARTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun says to its processes
 
 
@@ -44,6 +52,7 @@ class Group:
     count: int = 1
     seconds: float = 0.0  # that a rank may be waited for
     store: Any = None
+    ending: threading.Event = field(default_factory=threading.Event)  # set when the end of the run is on its way
 
     @property
     def first(self) -> bool:
@@ -104,14 +113,33 @@ class Group:
             return self.store is None or self.store.add("spoken", 1) == 1
         return True
 
+    def hurry(self) -> None:
+        """Once a signal has come: end this process where the generation takes longer than torchrun waits for it.
+
+        Without unwinding, which waits for what is being computed: the journal is whole at every instant.
+        """
+        if self.store is None:
+            return
+
+        def wait() -> None:
+            if self.ending.wait(PATIENCE):
+                return
+            if self.speaks():
+                line = f"error: told to stop, and the generation took more than {PATIENCE:g} s longer; {GOES_ON}"
+                print(line, file=sys.__stderr__, flush=True)
+            os._exit(130)
+
+        threading.Thread(target=wait, daemon=True).start()
+
     @contextmanager
     def _listening(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # of every kind of connection
+            self.ending.set()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to those that are left: they are about to end
             raise Lost(
-                f"a rank was lost: its process ended, or did not answer for {self.seconds:g} s; the journal has all "
-                "generations before, from which the same command goes on with any number of ranks"
+                f"a rank was lost: its process ended, or did not answer for {self.seconds:g} s; {GOES_ON}"
             ) from error
 
 
@@ -137,6 +165,7 @@ def joined(device: str, seconds: float) -> Iterator[Group]:
         with _quiet(not group.first):
             yield group
     except (FunctionalLMError, OSError, KeyboardInterrupt) as error:
+        group.ending.set()
         if group.speaks():
             raise
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)

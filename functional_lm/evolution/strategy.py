@@ -9,7 +9,8 @@ as they stand. So an evaluation is `vmap(lambda shared, own: f(overlay(fixed, me
 member may be leaves, noise that is added inside the forward, or nothing but a key to draw it from.
 
 Draws are functions of (generation's key, member, leaf's path) alone, so that `tell` needs no candidates: it draws what
-it needs again. Neither the order of leaves nor which others there are changes a draw.
+it needs again. Neither the order of leaves nor which others there are changes a draw. (Two draw over all numbers at
+once: what works on vectors, `vector.py`, and differential evolution where it picks the number that is always crossed.)
 
 Axes: P members.
 """

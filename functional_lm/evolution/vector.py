@@ -4,7 +4,9 @@
     search.points(distribution, z [P, D]) -> x [P, D]            z standard normal
     search.update(distribution, z, x, ranked) -> distribution    `ranked` [P]: the members from the best to the worst
 
-Member i's z is drawn from the generation's key folded with i, again in `tell`.
+Member i's z is drawn from the generation's key folded with i, again in `tell`: one draw [D] for the whole tree, without
+paths. So here (CMA and NES, in all their forms) other leaves, or their order, do change what a leaf draws; another
+number of members does not.
 
 Axes: P members, D numbers of the tree.
 """

@@ -342,8 +342,9 @@ def _ends_epoch(number: int, steps: float) -> bool:
 
 
 @contextmanager
-def stopping_by_signal() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether the first Ctrl-C or SIGTERM has come; the second one ends the process.
+def stopping_by_signal(hurry: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
+    """A function that tells whether the first Ctrl-C or SIGTERM has come, which calls `hurry`; the second one ends the
+    process.
 
     Held until the last byte is on the disk: what is saved behind the last step is not cut off by the first.
     """
@@ -354,6 +355,7 @@ def stopping_by_signal() -> Iterator[Callable[[], bool]]:
         asked = True
         for name in before:
             signal.signal(name, leave)
+        hurry()
         console.say("\nfinishing this step, then saving (once more to stop at once)")
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -372,4 +374,5 @@ def stopping_by_signal() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         for name, handler in before.items():
-            signal.signal(name, handler)
+            if signal.getsignal(name) in (ask, leave):  # nobody has decided otherwise meanwhile
+                signal.signal(name, handler)
