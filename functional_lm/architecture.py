@@ -102,13 +102,14 @@ def _chosen(options: InspectFlags, overrides: dict[str, Any]) -> tuple[ModelConf
         folder = Path(options.model)
         config = model_config.read(folder / "config.json")
         return config, f"Architecture of {folder}", [_weights(folder / "model.safetensors", config)]
+    changes = " with " + ", ".join(f"{name} {value}" for name, value in overrides.items()) if overrides else ""
     if options.config is not None:
-        values, title = model_config.read_values(options.config), f"Architecture of {options.config}"
-    else:
-        name = options.preset or "nano"
-        values, title = model_config.preset_values(name), f"Architecture {name}"
-    changed = " with " + ", ".join(f"{name} {value}" for name, value in overrides.items()) if overrides else ""
-    return model_config.from_json({**values, **overrides}, options.config or "the model"), title + changed, []
+        values = model_config.read_values(options.config)
+        config = model_config.changed(values, overrides, options.config)
+        return config, f"Architecture of {options.config}{changes}", []
+    name = options.preset or "nano"
+    config = model_config.from_json({**model_config.preset_values(name), **overrides}, "the model")
+    return config, f"Architecture {name}{changes}", []
 
 
 def _weights(path: Path, config: ModelConfig) -> str:

@@ -9,6 +9,7 @@ A command prints its help without importing torch: give `run` as "module:functio
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import os
@@ -29,6 +30,17 @@ from functional_lm.options import REQUIRED, limits
 
 WIDTH = 100
 LONGEST = 300  # characters of an error that nothing here has worded
+REMEDIES = {  # by the number of an error of the system
+    errno.EEXIST: "a folder has to be there: choose another place",
+    errno.ENOTDIR: "a folder has to be there: choose another place",
+    errno.EISDIR: "a file has to be there: name one",
+    errno.ENOENT: "check the path, or choose another place",
+    errno.EACCES: "choose a place that you may read and write",
+    errno.EPERM: "choose a place that you may read and write",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOSPC: "make room, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 COMMON = "Every command"
 TYPES = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
 DEBUG = Flag("debug", bool, None, False, False, {"help": "print the traceback of an error"}, COMMON, "false")
@@ -184,7 +196,7 @@ def _report(error: BaseException, debug: bool) -> int:
     elif isinstance(error, FunctionalLMError):
         line, code = f"error: {error}", error.exit_code
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
-        line, code = f"error: {error.filename}: {error.strerror}", 1
+        line, code = f"error: {error.filename}: {error.strerror}{_remedy(error)}", 1
     else:
         # A compiler's error is all that it printed.
         said = textwrap.shorten(f"{error}".split("\n\n")[0], LONGEST, placeholder=" ...")
@@ -193,6 +205,12 @@ def _report(error: BaseException, debug: bool) -> int:
         line, code = f"error: {reason}{hint}", 1
     print(" ".join(line.splitlines()), file=sys.stderr)
     return code
+
+
+def _remedy(error: OSError) -> str:
+    """What helps against an error of the system, where the words are the system's."""
+    code = error.errno or 0
+    return f"; {REMEDIES[code]}" if code in REMEDIES and error.strerror == os.strerror(code) else ""
 
 
 def version() -> str:

@@ -7,10 +7,11 @@ single operation is one of `disk.py`, where a test can make it fail.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -232,10 +233,11 @@ class Journal:
         self.memory: Any = None
         self._lengths: dict[str, int] = {}
         self._streams: dict[str, IO[bytes]] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             note = read_json(folder / "journal.json")
+            intact = note.pop("check") == _check(note)
             held = all((folder / name).stat().st_size >= length for name, length in note["lengths"].items())
-            if note["key"] == key and held:
+            if intact and note["key"] == key and held:
                 self.memory, self._lengths = note["memory"], note["lengths"]
 
     def open(self, name: str) -> IO[bytes]:
@@ -251,7 +253,8 @@ class Journal:
         for stream in self._streams.values():
             disk.sync_file(stream)
         self._lengths = {name: os.fstat(stream.fileno()).st_size for name, stream in self._streams.items()}
-        write_json(self.folder / "journal.json", {"key": self._key, "lengths": self._lengths, "memory": memory})
+        note = {"key": self._key, "lengths": self._lengths, "memory": memory}
+        write_json(self.folder / "journal.json", {**note, "check": _check(note)})
         self.memory = memory
 
     def discard(self) -> None:
@@ -268,6 +271,11 @@ class Journal:
     def close(self) -> None:
         for stream in self._streams.values():
             stream.close()
+
+
+def _check(note: Mapping[str, Any]) -> str:
+    """What tells a note that a fault of the disk has changed from the one that was written."""
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager

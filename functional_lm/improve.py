@@ -46,6 +46,8 @@ def run(options: ImproveFlags) -> int:
     from functional_lm.text import conversations, corpus
 
     out, source = Path(options.out), Path(options.model)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a folder")
     if out.resolve() == source.resolve():
         raise UsageError(f"--out {out} is the --model, which stays as it is; choose another folder")
     found = corpus.find(options.data)
@@ -96,6 +98,8 @@ def _opened(options: ImproveFlags, out: Path, digest: str, text: str) -> list[di
     try:
         record = files.read_json(out / RECORD)
         before, base = record["flags"], record["digest"]
+        if not (isinstance(before, dict) and isinstance(base, str)):
+            raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out / RECORD} is damaged; choose another --out") from error
     changes = [
@@ -115,12 +119,19 @@ def _opened(options: ImproveFlags, out: Path, digest: str, text: str) -> list[di
     rounds = []
     for number, line in enumerate(whole, 1):
         try:
-            rounds.append(json.loads(line))
-            if rounds[-1]["round"] != number:
+            rounds.append(files.parse_json(line))
+            if not _is_round(rounds[-1], number):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{out / LOG}, line {number} is not that of round {number}; choose another --out") from None
     return rounds
+
+
+def _is_round(entry: dict[str, Any], number: int) -> bool:
+    """Whether a line says what `_settle` and the next round go on from."""
+    held_out, digest = entry["held_out"], entry["digest"]
+    measured = held_out is None or isinstance(held_out, float)
+    return entry["round"] == number and measured and entry["accepted"] is isinstance(digest, str)
 
 
 def _settle(out: Path, source: Path, log: list[dict[str, Any]]) -> None:

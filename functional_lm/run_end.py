@@ -32,10 +32,10 @@ def is_complete(flags: TrainingFlags, path: Path, out: Path) -> bool:
         return False
     files.sweep(out)  # of a kill between the summary and the end
     loss = summary.get("val_loss")
-    measured = "" if loss is None else f", validation loss {loss:.4f}"
+    measured = f", validation loss {loss:.4f}" if isinstance(loss, float) else ""
     early = f", ended by --patience {flags.patience}" if summary.get("ended") == "patience" else ""
     console.say(f"{out} is trained already: {done} steps{measured}{early}")
-    more = MORE.get(summary.get("ended", "steps"), MORE["steps"])
+    more = MORE.get(f"{summary.get('ended')}", MORE["steps"])
     console.say(f"{more} from there, --overwrite starts again, another --out starts beside it")
     return True
 

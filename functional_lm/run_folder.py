@@ -54,7 +54,7 @@ def check_free(out: Path, kind: str) -> None:
         raise UsageError(f"{out} holds {name} and no run; choose another --out")
     with suppress(OSError, ValueError, AttributeError):
         if (found := files.read_json(out / "run.json").get("kind", "training")) != kind:
-            what = KINDS.get(found, "another kind of run")
+            what = KINDS.get(f"{found}", "another kind of run")
             raise UsageError(f"{out} already holds {what}; choose another --out, or --overwrite it")
 
 
@@ -141,6 +141,8 @@ def _earlier(checkpoint: Path | None, out: Path) -> dict[str, Any]:
     try:
         found = files.read_json(out / "run.json")
         rest = {name: found[name] for name in ("overrides", "budget", "versions")}
+        if not all(isinstance(value, dict) for value in rest.values()) or "torch" not in rest["versions"]:
+            raise TypeError
         return {"options": _fixed(found["options"]), **rest}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{out / 'run.json'} is damaged; choose another --out, or --overwrite the run") from error

@@ -6,7 +6,6 @@ OpenAI's for the two penalties that Hugging Face has no name for; a file's other
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,9 @@ def of_folder(folder: str | Path) -> dict[str, float]:
 
 def _number(value: Any, name: str, path: Path) -> float:
     low, high = LIMITS[name]
-    right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not right or not low <= value <= high or (name == "top_k" and value != int(value)):
-        raise DataError(f"{path}: {name} is {value!r}; it has to be a number from {low:g} to {high:g}")
+    right = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not right or (name == "top_k" and value != int(value)):
+        raise DataError(f"{path}: {name} is {value!r:.60}; it has to be a number from {low:g} to {high:g}")
     return int(value) if name == "top_k" else float(value)
 
 

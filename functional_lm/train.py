@@ -128,12 +128,10 @@ def _architecture(options: TrainOptions, overrides: dict[str, Any], vocab_size: 
     """The architecture of `--model`, or that of `--config` or `--preset` with the flags' changes."""
     if options.model is not None:
         return model_config.read(Path(options.model) / "config.json")
+    changes = {**overrides, **({} if vocab_size is None else {"vocab_size": vocab_size})}
     if options.config is not None:
-        values = model_config.read_values(options.config)
-    else:
-        values = model_config.preset_values(options.preset or "nano")
-    vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
-    return model_config.from_json({**values, **overrides, **vocabulary}, options.config or "the model")
+        return model_config.changed(model_config.read_values(options.config), changes, options.config)
+    return model_config.from_json({**model_config.preset_values(options.preset or "nano"), **changes}, "the model")
 
 
 def _resolve_vocabulary(options: TrainOptions, overrides: dict[str, Any]) -> TrainOptions:

@@ -67,7 +67,7 @@ class TrainingFlags:
     )
     batch_size: int = option(8, "rows in a microbatch", low=1, high=10**9, group="Batch")
     block_size: int | None = option(None, "tokens in a row; the model's max_len if not given", low=1, group="Batch")
-    gradient_accumulation_steps: int = option(1, "microbatches in a step", low=1, group="Batch")
+    gradient_accumulation_steps: int = option(1, "microbatches in a step", low=1, high=100_000, group="Batch")
     optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS, group="Optimizer")
     learning_rate: float = option(3e-3, "peak learning rate", above=0, group="Optimizer")
     min_learning_rate: float | None = option(

@@ -32,7 +32,17 @@ DEBUG_HINT = "(run again with --debug for the traceback)"
     [
         (UsageError("no such preset"), 2, "error: no such preset"),
         (DataError("the file is damaged"), 1, "error: the file is damaged"),
-        (FileNotFoundError(2, "No such file or directory", "x.txt"), 1, "error: x.txt: No such file or directory"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.txt"),
+            1,
+            "error: x.txt: No such file or directory; check the path, or choose another place",
+        ),
+        (
+            OSError(28, "No space left on device", "x"),
+            1,
+            "error: x: No space left on device; make room, or choose another place",
+        ),
+        (FileNotFoundError(2, "the run folder is gone", "x"), 1, "error: x: the run folder is gone"),
         (OSError(28, "No space left on device"), 1, f"error: No space left on device {DEBUG_HINT}"),
         (OSError("odd"), 1, f"error: OSError: odd {DEBUG_HINT}"),
         (ValueError("two\nlines"), 1, f"error: ValueError: two lines {DEBUG_HINT}"),

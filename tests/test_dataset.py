@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -89,6 +90,24 @@ def test_blocks_of_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / "blocks.bin").write_bytes(raw)
         with pytest.raises(DataError, match=f"damaged in block {(total - 1) // 4} "):
             dataset.verify(dataset.open_dataset(tmp_path / "blocks"))
+
+
+@pytest.mark.parametrize("strange", [VOCABULARY, -1, 2**31 - 1])
+@pytest.mark.parametrize("place", [0, 3, 4, 12])
+def test_ids_that_are_in_no_vocabulary_are_found_behind_sound_digests(
+    tmp_path: Path, place: int, strange: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "BLOCK_TOKENS", 4)
+    tokens = write(tmp_path / "data", [list(range(12))]).tokens.copy()
+    tokens[place] = strange
+    digests = b"".join(storage._short_hash(tokens[start : start + 4].tobytes()) for start in range(0, 13, 4))
+    rest = digests + (tmp_path / "data.index").read_bytes()[storage.HEADER_BYTES + len(digests) :]
+    header = storage._header(tmp_path / "data.index")[0][:-1]
+    fields = storage.FIELDS.pack(*header, storage._hash_from(io.BytesIO(rest), 0))
+    (tmp_path / "data.bin").write_bytes(tokens.tobytes())
+    (tmp_path / "data.index").write_bytes(fields + storage._short_hash(fields) + rest)
+    with pytest.raises(DataError, match=f"token {place} is {strange}, outside the vocabulary of {VOCABULARY}"):
+        dataset.verify(dataset.open_dataset(tmp_path / "data"))
 
 
 @given(data=st.data(), suffix=st.sampled_from([".bin", ".index"]))

@@ -54,20 +54,31 @@ def test_an_input_is_a_function_of_its_number(parsers: dict[str, Any]) -> None:
 
 
 def test_what_was_found_once_is_found_no_more(parsers: dict[str, Any]) -> None:
-    for name, number in fuzz.kept():
-        parser, sound = parsers[name]
-        assert fuzz.attempt(parser, number, sound) is None, (name, number)
-        parser.sound.write_bytes(sound)
+    kept = {name for name, *_ in fuzz.kept()}
+    assert kept <= parsers.keys()
+    for name in kept:
+        assert fuzz.again(*parsers[name]) == [], name
+
+
+def test_a_seed_keeps_its_bytes(parsers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser, sound = parsers["journal"]
+    (tmp_path / "seeds").write_text(f"# a word\n{fuzz.seed(parser, 7, sound)}\n")
+    monkeypatch.setattr(fuzz, "SEEDS", tmp_path / "seeds")
+    assert fuzz.kept() == [("journal", 7, fuzz.mutated(parser, 7, sound))]
+    tried: list[bytes] = []
+    fuzz.again(parser._replace(read=lambda path: tried.append(path.read_bytes())), sound + b"of today")
+    assert tried == [fuzz.mutated(parser, 7, sound), fuzz.mutated(parser, 7, sound + b"of today")]
+    parser.sound.write_bytes(sound)
 
 
 def test_inputs_of_every_kind(parsers: dict[str, Any]) -> None:
     for parser, sound in parsers.values():
         for number in range(60):
-            assert fuzz.attempt(parser, number, sound) is None, (parser.name, number)
+            assert fuzz.attempt(parser, fuzz.mutated(parser, number, sound)) is None, (parser.name, number)
         parser.sound.write_bytes(sound)
 
 
 def test_an_error_of_another_kind_is_a_finding(tmp_path: Path) -> None:
     (tmp_path / "sound").write_bytes(b"sound")
     parser = fuzz.Parser("broken", tmp_path / "sound", lambda path: {}["nothing"])
-    assert "KeyError: 'nothing'" in fuzz.attempt(parser, 0, b"sound")
+    assert "KeyError: 'nothing'" in fuzz.attempt(parser, b"sound")

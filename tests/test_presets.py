@@ -151,9 +151,9 @@ def test_files_of_either_kind_are_read(tmp_path: Path) -> None:
     some = read(path, {"d_model": 64, "n_heads": 4, "use_rope": False, "use_rms_norm": False, "dropout": 0.1})
     assert some == ModelConfig(d_model=64, n_heads=4, positions="learned", norm="layernorm", dropout=0.1)
     assert read(path, to_hugging_face(some, {"eos_token_id": 1}, "float32")) == some
-    with pytest.raises(UsageError, match=r"config.json has an unknown key 'use_rop'; did you mean 'use_rope'"):
+    with pytest.raises(DataError, match=r"config.json has an unknown key 'use_rop'; did you mean 'use_rope'"):
         read(path, {"use_rop": True})
-    with pytest.raises(UsageError, match="'use_rope' means positions 'rope' and 'pos_type' means 'learned'"):
+    with pytest.raises(DataError, match="'use_rope' means positions 'rope' and 'pos_type' means 'learned'"):
         read(path, {"pos_type": "learned", "use_rope": True})
     with pytest.raises(DataError, match="holds a list, not an object"):
         read(path, {"functional_lm": [1]})

@@ -229,3 +229,32 @@ def test_a_missing_package_is_named_before_any_work(
 def test_a_bin_without_its_index_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no dataset at .*a\.index is missing"):
         corpus.find(str(write(tmp_path / "a.bin", b"1234")))
+
+
+def row(size: int) -> str:
+    """A row of so many characters."""
+    return json.dumps({"text": "y" * (size - 12)})
+
+
+@pytest.mark.parametrize(
+    ("name", "fits", "too_long", "said"),
+    [
+        ("a.txt", "x" * 39 + "\n" + "y" * 40, "x\n" + "y" * 41, ": the line at byte 2 has more than 40 bytes"),
+        ("a.txt", "y" * 40, "y" * 41 + "\n", ": the line at byte 0 has more than 40 bytes"),
+        ("a.jsonl", row(39) + "\n" + row(40), row(20) + "\n" + row(40) + "\n", ", line 2 has more than 40 bytes"),
+        ("a.jsonl.gz", row(40), row(4000), ", line 1 has more than 40 bytes"),
+        ("a.txt.zst", "y" * 40, "y" * 4000, ": the line at byte 0 has more than 40 bytes"),
+        ("a.json", f"[{row(40)}, {row(20)}]", f"[{row(20)}, {row(400)}]", ": a row has more than 40 characters"),
+    ],
+)
+def test_a_line_that_no_memory_would_hold_is_refused(
+    name: str, fits: str, too_long: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(json_list, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(json_list, "LONGEST", 40)
+    pack = PACKERS[Path(name).suffix if Path(name).suffix in PACKERS else ""]
+    assert [tuple(found) for found, _ in readers.read(write(tmp_path / name, pack(fits.encode())))]
+    path = write(tmp_path / name, pack(too_long.encode()))
+    with pytest.raises(DataError, match=f"^{re.escape(str(path) + said)}; cut it into shorter ones$"):
+        [*readers.read(path)]

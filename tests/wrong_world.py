@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from training_runs import FLAGS, command
 
 from functional_lm import files, folder, tree
-from functional_lm.text import dataset
+from functional_lm.text import dataset, storage
 
 TINY = {name: FLAGS[name] for name in ("d_model", "n_layers", "n_heads", "d_ff", "max_len")}
 QUICK = {"compile": "false", "dtype": "float32", "device": "cpu", "steps": 1, "batch_size": 2, "sample_tokens": 0}
@@ -86,9 +88,23 @@ def broken_datasets(root: Path) -> None:
     tokens = np.fromfile(data, "<i4")
     tokens[5] = 70_000
     data.write_bytes(tokens.tobytes())
+    shutil.copy(root / "beyond.bin", copied("resealed")[0])
+    resealed(root / "resealed", "<")
+    copied("bigendian")
+    resealed(root / "bigendian", ">")
     (root / "alone.bin").write_bytes(bytes(400))
     with dataset.writing(root / "wide", 100_000, 0, "ab" * 32) as writer:
         writer.append(np.full(200, 99_999))
+
+
+def resealed(name: Path, order: str) -> None:
+    """An index (of one block) with digests of what is there now, its header in this order of bytes."""
+    index = name.with_suffix(".index")
+    raw, block = index.read_bytes(), hashlib.blake2b(name.with_suffix(".bin").read_bytes(), digest_size=16)
+    rest = block.digest() + raw[storage.HEADER_BYTES + 16 :]
+    header = (*storage.FIELDS.unpack(raw[: storage.FIELDS.size])[:-1], hashlib.blake2b(rest, digest_size=32).digest())
+    fields = struct.pack(storage.FIELDS.format.replace("<", order), *header)
+    index.write_bytes(fields + hashlib.blake2b(fields, digest_size=16).digest() + rest)
 
 
 def broken_models(root: Path) -> None:

@@ -2,14 +2,15 @@
 
 Each input is a sound file with some of its bytes changed, a pure function of (parser, number). A parser may return, or
 raise an error of this package; anything else (another exception, a crash of the process, more than ten
-seconds) is a finding: its number is printed, and `--replay PARSER NUMBER` makes it again (findings are kept in
-tests/data/fuzz_seeds.txt and tried first). Where a digest guards what lies behind it, half of the inputs carry a new
-digest, so that what lies behind is reached.
+seconds) is a finding: its number is printed. `--replay PARSER NUMBER` makes it again, and its line for
+tests/data/fuzz_seeds.txt, where findings are kept with their bytes and tried first. Where a digest guards what lies
+behind it, half of the inputs carry a new digest, so that what lies behind is reached.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import hashlib
 import json
@@ -23,10 +24,14 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 SEEDS = Path(__file__).resolve().parents[1] / "tests" / "data" / "fuzz_seeds.txt"
 BATCH = 500  # inputs of a process
@@ -85,7 +90,7 @@ def parsers(root: Path) -> list[Parser]:
     import torch
 
     from functional_lm import files, folder, keys, seal, tree
-    from functional_lm.interop import hugging_face, peft
+    from functional_lm.interop import gguf, hugging_face, peft
     from functional_lm.model import config as model_config
     from functional_lm.model import lora, transformer
     from functional_lm.text import conversations, corpus, dataset, readers, storage
@@ -174,7 +179,148 @@ def parsers(root: Path) -> list[Parser]:
         Parser("theirs", root / "theirs" / "config.json", lambda path: hugging_face.examine(path.parent)),
         Parser("tokenizer.json", root / "theirs" / "tokenizer.json", lambda path: hugging_face.examine(path.parent)),
         Parser("metrics", root / "metrics.jsonl", lambda path: record.read(path)),
+        *packed(root, text, texts),
+        *records(root),
+        Parser("shards", shards(root / "shards", root / "theirs"), lambda path: hugging_face.examine(path.parent)),
+        Parser(
+            "tokenizer_config.json",
+            root / "theirs" / "tokenizer_config.json",
+            lambda path: hugging_face.examine(path.parent),
+        ),
+        Parser("template", root / "theirs" / "tokenizer_config.json", lambda path: gguf.chat_template(path.parent)),
     ]
+
+
+def packed(root: Path, text: Sequence[str], texts: Callable[[Path], object]) -> list[Parser]:
+    """Text in columns, and text that is compressed."""
+    import gzip
+
+    import pyarrow
+    import zstandard
+    from pyarrow import parquet
+
+    whole = "".join(text).encode()
+    (root / "text.txt.gz").write_bytes(gzip.compress(whole, mtime=0))
+    (root / "text.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(whole))
+    # Plain, so that what is changed is the text itself.
+    parquet.write_table(
+        pyarrow.table({"text": list(text[:20])}), root / "text.parquet", compression="none", use_dictionary=False
+    )
+    return [
+        Parser("gzip", root / "text.txt.gz", texts),
+        Parser("zstandard", root / "text.txt.zst", texts),
+        Parser("parquet", root / "text.parquet", texts),
+    ]
+
+
+def records(root: Path) -> list[Parser]:
+    """What runs write of themselves, and what reads it when they go on."""
+    import dataclasses
+
+    import torch
+
+    from functional_lm import (
+        files,
+        improve,
+        run_best,
+        run_end,
+        run_folder,
+        sampling_settings,
+        seal,
+        training_flags,
+        tree,
+    )
+    from functional_lm.evolution import journal as journals
+    from functional_lm.evolution import loop
+    from functional_lm.improve_flags import ImproveFlags
+    from functional_lm.training import checkpoint
+
+    flags = training_flags.TrainingFlags(steps=3, override=True)
+    summary = {"budget": training_flags.budget(flags), "steps": 3, "val_loss": 1.5, "ended": "steps"}
+    run = {"options": dataclasses.asdict(flags), "overrides": {}, "budget": summary["budget"], "kind": "training"}
+    files.write_json(root / "begun" / "run.json", {**run, "versions": {"torch": torch.__version__, "threads": 1}})
+    files.write_json(root / "ended" / "summary.json", summary)
+    with files.writing_folder(root / "ended" / "step-00000003") as folder:
+        seal.seal(folder, checkpoint.NOTES, checkpoint.FORMAT, {"step": 3, "run": run})
+    files.write_json(root / "sampled" / sampling_settings.NAME, {**sampling_settings.USUAL, "eos_token_id": 1})
+    rounds = ImproveFlags(model="m", data="d", out=str(root / "improved"))
+    files.write_json(
+        root / "improved" / improve.RECORD, {"flags": improve._as_json(rounds), "digest": "a", "text": "t"}
+    )
+    tree.save({"w": torch.ones(2)}, root / "improved" / "model.safetensors")
+    line = {"round": 1, "accepted": True, "digest": tree.digest({"w": torch.ones(2)}), "held_out": 0.5}
+    files.write_text(root / "improved" / improve.LOG, json.dumps(line) + "\n")
+    journal = journals.begin(root / "evolved" / journals.NAME, {"flags": {}, "digest": "a"})
+    for number in range(3):
+        journal = journals.append(journal, journals.entry(number, (1, 2), [0.5, [1.0, 2.0]], 1.0))
+    outcome = loop.Outcome(Measured(torch.tensor(3), torch.ones(2)), journal)
+    loop.save(root / "evolved", outcome, 1)
+    run_best.keep(root / "bested", 3, lambda folder: files.write_text(folder / "file", "text"))
+    held = files.Journal(root / "begun", "key")
+    held.open("names").write(b"held")
+    held.commit([1, 2, 3])
+    held.close()
+
+    def measured(path: Path) -> None:
+        for entry in journals.read(path).generations:
+            journals.fitness_of(entry)
+
+    def gone_on(path: Path) -> None:
+        note = files.Journal(path.parent, "key")
+        assert note.memory in (None, [1, 2, 3])  # all of it, or nothing
+        note.close()
+
+    def again(path: Path) -> None:
+        for_now = dataclasses.replace(rounds, out=str(path.parent))
+        improve._settle(path.parent, path.parent, improve._opened(for_now, path.parent, "a", "t") or [])
+
+    step = root / "ended" / "step-00000003"
+    return [
+        Parser("journal", root / "evolved" / journals.NAME, measured),
+        Parser(
+            "state",
+            root / "evolved" / "checkpoints" / "step-00000003" / loop.NOTES,
+            lambda path: loop.newest(root / "evolved"),
+            mended_seal,
+        ),
+        Parser(
+            "best",
+            root / "bested" / "best" / "step-00000003" / run_best.NOTES,
+            lambda path: run_best.kept(root / "bested", 3),
+            mended_seal,
+        ),
+        Parser("journal.json", root / "begun" / "journal.json", gone_on),
+        Parser(
+            "run", root / "begun" / "run.json", lambda path: run_folder.checkpoint_to_resume(flags, {}, path.parent)
+        ),
+        Parser("summary", root / "ended" / "summary.json", lambda path: run_end.is_complete(flags, step, path.parent)),
+        Parser(
+            "generation_config",
+            root / "sampled" / sampling_settings.NAME,
+            lambda path: sampling_settings.of_folder(path.parent),
+        ),
+        Parser("improve", root / "improved" / improve.RECORD, again),
+        Parser("rounds", root / "improved" / improve.LOG, again),
+    ]
+
+
+def shards(folder: Path, whole: Path) -> Path:
+    """The index of a model folder of one shard."""
+    shutil.copytree(whole, folder)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    from functional_lm import files
+
+    names = files.safetensors_header(folder / "model-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    files.write_json(index, {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model-1.safetensors")})
+    return index
+
+
+class Measured(NamedTuple):
+    """What `loop.save` reads of an evolution's state."""
+
+    generation: torch.Tensor
+    centre: torch.Tensor
 
 
 def mended_index(data: bytes) -> bytes:
@@ -198,11 +344,11 @@ def mended_seal(data: bytes) -> bytes:
 # Running --------------------------------------------------------------------------------------------------------------
 
 
-def attempt(parser: Parser, number: int, sound: bytes) -> str | None:
+def attempt(parser: Parser, made: bytes) -> str | None:
     """What is wrong with how an input was taken; None if nothing is."""
     from functional_lm.errors import FunctionalLMError
 
-    parser.sound.write_bytes(mutated(parser, number, sound))
+    parser.sound.write_bytes(made)
     signal.alarm(10)
     try:
         parser.read(parser.sound)
@@ -221,10 +367,12 @@ def batch(parser: Parser, first: int, sound: bytes, place: mmap.mmap) -> Iterato
     child = os.fork()
     if not child:
         signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("ten seconds")))
-        with os.fdopen(writer, "w") as out, contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        with os.fdopen(writer, "w") as out, open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
             for number in range(first, first + BATCH):
                 place[:8] = struct.pack("<Q", number)
-                if finding := attempt(parser, number, sound):
+                if finding := attempt(parser, mutated(parser, number, sound)):
                     out.write(json.dumps([number, finding]) + "\n")
         os._exit(0)
     os.close(writer)
@@ -237,25 +385,39 @@ def batch(parser: Parser, first: int, sound: bytes, place: mmap.mmap) -> Iterato
         yield struct.unpack("<Q", place[:8])[0], f"the process died ({status})"
 
 
-def kept() -> list[tuple[str, int]]:
-    """What was found before."""
+def kept() -> list[tuple[str, int, bytes]]:
+    """What was found before: parser, number, and the bytes that it had then (writers may write others by now)."""
     lines = SEEDS.read_text().splitlines() if SEEDS.is_file() else []
-    pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
-    return [(name, int(number)) for name, number in pairs]
+    parts = [line.rsplit(" ", 2) for line in lines if not line.startswith("#")]
+    return [(name, int(number), zlib.decompress(base64.b64decode(packed))) for name, number, packed in parts]
+
+
+def seed(parser: Parser, number: int, sound: bytes) -> str:
+    """The line of the seeds for an input."""
+    packed = base64.b64encode(zlib.compress(mutated(parser, number, sound), 9)).decode()
+    return f"{parser.name} {number} {packed}"
+
+
+def again(parser: Parser, sound: bytes) -> list[tuple[int, str]]:
+    """Findings among the inputs that were findings before: as they were, and as they are today."""
+    old = [(number, made) for name, number, made in kept() if name == parser.name]
+    inputs = [*old, *((number, mutated(parser, number, sound)) for number, _ in old)]
+    found = [(number, attempt(parser, made)) for number, made in inputs]
+    parser.sound.write_bytes(sound)
+    return [(number, finding) for number, finding in found if finding]
 
 
 def fuzz(
-    root: Path, seconds: float, begin: int = 0, inputs: int = 0
+    root: Path, seconds: float, begin: int = 0, inputs: int = 0, only: Sequence[str] = ()
 ) -> tuple[Counter[str], list[tuple[str, int, str]]]:
     """Inputs by parser, and findings, until the time is up or there were so many inputs."""
-    made, counts, findings = parsers(root), Counter[str](), []
+    made = [parser for parser in parsers(root) if not only or parser.name in only]
+    counts, findings = Counter[str](), []
     place = mmap.mmap(-1, 8)
     contents = {parser.name: parser.sound.read_bytes() for parser in made}
     until = time.monotonic() + seconds
     for parser in made:
-        old = [attempt(parser, number, contents[parser.name]) for name, number in kept() if name == parser.name]
-        findings += [(parser.name, -1, finding) for finding in old if finding]
-        parser.sound.write_bytes(contents[parser.name])
+        findings += [(parser.name, number, finding) for number, finding in again(parser, contents[parser.name])]
     first = begin
     while time.monotonic() < until and (not inputs or sum(counts.values()) < inputs):
         for parser in made:
@@ -272,6 +434,7 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=60.0)
     options.add_argument("--inputs", type=int, default=0, help="stop after so many")
     options.add_argument("--begin", type=int, default=0, help="the first number")
+    options.add_argument("--only", nargs="+", default=(), metavar="PARSER", help="these parsers alone")
     options.add_argument("--replay", nargs=2, metavar=("PARSER", "NUMBER"))
     given = options.parse_args()
     memory = Path("/dev/shm")
@@ -281,10 +444,11 @@ def main() -> int:
         if given.replay:
             parser = next(parser for parser in parsers(root) if parser.name == given.replay[0])
             sound = parser.sound.read_bytes()
-            print(mutated(parser, int(given.replay[1]), sound))
-            print(attempt(parser, int(given.replay[1]), sound))
+            print(made := mutated(parser, int(given.replay[1]), sound))
+            print(seed(parser, int(given.replay[1]), sound))
+            print(attempt(parser, made))
             return 0
-        counts, findings = fuzz(root, given.seconds, given.begin, given.inputs)
+        counts, findings = fuzz(root, given.seconds, given.begin, given.inputs, given.only)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     kinds: dict[tuple[str, str], int] = {}

@@ -107,11 +107,12 @@ def read(path: str | Path) -> Journal:
         try:
             found = json.loads(raw)
             given = found.pop("check")
-        except (ValueError, KeyError, AttributeError, TypeError):
+            due = _check(check, found)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise DataError(f"{path}, line {number} is not a line of a journal; {_remedy(number)}") from None
-        if given != _check(check, found):
+        if given != due:
             raise DataError(f"{path}, line {number} is not as it was written; {_remedy(number)}")
-        check = given
+        check = due
         entries.append(found)
     if not entries or entries[0].get("kind") != "evolution":
         raise DataError(f"{path} is no journal of an evolution")

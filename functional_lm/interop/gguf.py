@@ -20,7 +20,7 @@ from torch import Tensor
 from functional_lm import files
 from functional_lm.errors import DataError, UsageError
 from functional_lm.interop.hugging_face import Foreign, examine
-from functional_lm.model.config import ModelConfig
+from functional_lm.model.config import ModelConfig, read_object
 from functional_lm.model.families import NATIVE, OURS, family_of, misfit
 from functional_lm.model.positions import rotary_frequencies
 from functional_lm.text.interface import END, Tokenizer
@@ -234,7 +234,10 @@ def _tokens(writer: Any, package: Any, tokenizer: Tokenizer, size: int, source: 
 
 
 def chat_template(source: Path) -> str | None:
-    """The template in a folder's `tokenizer_config.json`: a text that is handed on, never run."""
+    """The template in a folder's `tokenizer_config.json`: a text that is handed on, never run.
+
+    Raises DataError for a file that holds no settings.
+    """
     path = source / "tokenizer_config.json"
-    found = files.read_json(path).get("chat_template") if path.is_file() else None
+    found = read_object(path).get("chat_template") if path.is_file() else None
     return found if isinstance(found, str) else None

@@ -65,7 +65,7 @@ def _shards(folder: Path) -> dict[str, Stored]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is no index of shards: it has to map names to files under 'weight_map'") from error
     for name in files:
-        if not re.fullmatch(r"[\w .+=@-]+\.safetensors", str(name)):
+        if not re.fullmatch(r"[\w .+=@-]{1,60}\.safetensors", str(name)):
             raise DataError(f"{index} names the shard {name!r}; a shard is a .safetensors file of the same folder")
         _check_there(folder / name)
     found: dict[str, Stored] = {}

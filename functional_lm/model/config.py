@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,18 +160,43 @@ def read(path: str | Path) -> ModelConfig:
             f"{path} describes a {values['model_type']!r} of another program; bring its folder in with "
             f"`python -m functional_lm import --from {Path(path).parent} --out DIR`"
         )
-    return from_json(values, str(path))
+    with _blamed(path):
+        return from_json(values, str(path))
+
+
+@contextmanager
+def _blamed(path: str | Path) -> Iterator[None]:
+    """What is wrong in a file is no wrong call: a DataError that names the file."""
+    try:
+        yield
+    except UsageError as error:
+        named = f"{error}".startswith(str(path))
+        raise DataError(f"{error}" if named else f"{path}: {error}") from error
+
+
+def changed(values: dict[str, Any], changes: Mapping[str, Any], path: str | Path) -> ModelConfig:
+    """The ModelConfig of a file's `values` with some of them changed.
+
+    Raises DataError where the file alone cannot be meant either, UsageError where the changes do not go with it.
+    """
+    try:
+        return from_json({**values, **changes}, str(path))
+    except UsageError:
+        with _blamed(path):
+            from_json(values, str(path))
+        raise
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
     """The fields that a configuration file sets, in our names.
 
     The file is a `config.json` that this project wrote (values under "functional_lm"), or a bare object of our names
-    or of the originals' (`presets.translate`). Raises DataError for a missing file or one that is no JSON object,
-    UsageError for keys that contradict each other.
+    or of the originals' (`presets.translate`). Raises DataError for a missing file, one that is no JSON object, and
+    keys that contradict each other.
     """
     values = read_object(path)
-    return translate(_object(values.get("functional_lm", values), path), str(path))
+    with _blamed(path):
+        return translate(_object(values.get("functional_lm", values), path), str(path))
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -186,6 +213,8 @@ def read_object(path: str | Path) -> dict[str, Any]:
     except NotADirectoryError as error:
         pickles.refuse(path.parent)
         raise DataError(f"{path.parent} is a file; name the folder that it lies in") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder; name the JSON file in it") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})") from error
     return _object(values, path)

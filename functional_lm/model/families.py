@@ -93,7 +93,7 @@ def from_hugging_face(values: Mapping[str, Any], source: str = "config.json") ->
     if not isinstance(ours, dict):
         raise DataError(f"{source}: {OURS!r} is {ours!r}; it has to be an object of settings")
     if name == OURS:
-        return from_json(dict(ours), source)
+        return _from_json(ours, source)
     if name not in FAMILIES:
         raise DataError(f"{source}: model_type is {name!r}; it can be {', '.join(FAMILIES)}")
     if name == "mistral":  # whose window is off where it is null, and not where it is absent
@@ -105,7 +105,11 @@ def from_hugging_face(values: Mapping[str, Any], source: str = "config.json") ->
         raise DataError(f"{source} holds a value of the wrong type ({error})") from error
     keys.rest()
     kept = {field: ours[field] for field in TRAINING if field in ours and field not in fields}
+    return _from_json({**kept, **fields}, source)
+
+
+def _from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
     try:
-        return from_json({**kept, **fields}, source)
+        return from_json(dict(fields), source)
     except FunctionalLMError as error:
         raise DataError(f"{source}: {error}") from error

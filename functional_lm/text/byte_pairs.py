@@ -202,7 +202,10 @@ def _settings(folder: Path) -> dict[str, Any]:
             raise DataError(f"{folder / name} holds a {type(values).__name__}, not an object of settings")
         found = {**values, **{key: value for key, value in found.items() if value is not None}}
     if (template := folder / TEMPLATE).is_file():
-        found["chat_template"] = template.read_text(encoding="utf-8")
+        try:
+            found["chat_template"] = template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{template} is no UTF-8 text ({error})") from error
     return found
 
 

@@ -11,6 +11,8 @@ from typing import IO, Any
 from functional_lm.errors import DataError
 
 CHUNK_BYTES = 1 << 20
+LONGEST = 1 << 30  # characters of a row, bytes of a line: it is held in memory as a whole
+SHORTER = "cut it into shorter ones"  # what helps
 
 
 class _Ahead:
@@ -24,6 +26,8 @@ class _Ahead:
 
     def more(self) -> bool:
         """Read on, at least as much as there is: what has to be parsed again doubles each time."""
+        if len(self.text) - self.place > LONGEST:
+            raise DataError(f"{self.path}: a row has more than {LONGEST} characters; {SHORTER}")
         chunk = self._stream.read(max(CHUNK_BYTES, len(self.text) - self.place))
         held = len(self._decoder.getstate()[0])
         try:

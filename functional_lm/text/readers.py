@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from functional_lm.errors import DataError
+from functional_lm.text import json_list, storage
 from functional_lm.text import rows as rows_of
-from functional_lm.text import storage
 from functional_lm.text.compression import PACKED, unpacked
 from functional_lm.text.document import Document, Encoded
-from functional_lm.text.json_list import elements
 
 SEGMENT_BYTES = 1 << 20  # a longer text is read in several segments
 SEGMENT_TOKENS = 1 << 20
@@ -130,7 +129,7 @@ def _read_text(opened: Opened, skip: int) -> Iterator[Document]:
 
 def _segments(stream: IO[bytes], where: str) -> Iterator[str]:
     """Text in segments of some SEGMENT_BYTES, each but the last ending with a line; a longer line stays whole."""
-    offset = 0
+    offset = held = 0
     waiting: list[bytes] = []
     while chunk := stream.read(SEGMENT_BYTES):
         if not offset and not waiting and chunk.startswith(codecs.BOM_UTF8):
@@ -140,11 +139,18 @@ def _segments(stream: IO[bytes], where: str) -> Iterator[str]:
         if end:
             raw = b"".join([*waiting, chunk[:end]])
             yield _decode(raw, where, offset)
-            offset, waiting = offset + len(raw), []
+            offset, waiting, held = offset + len(raw), [], 0
         if end < len(chunk):
             waiting.append(chunk[end:])
+            held += len(chunk) - end
+        if held > json_list.LONGEST:
+            raise DataError(f"{where}: the line at byte {offset} {_too_long()}")
     if waiting:
         yield _decode(b"".join(waiting), where, offset)
+
+
+def _too_long() -> str:
+    return f"has more than {json_list.LONGEST} bytes; {json_list.SHORTER}"
 
 
 def _decode(raw: bytes, where: str, offset: int = 0) -> str:
@@ -166,8 +172,10 @@ Convert = Callable[[Any, str], Any]  # (row, its place in words)
 
 def _read_json_lines(opened: Opened, skip: int, convert: Convert = rows_of.document) -> Iterator[Any]:
     offset = 0
-    for number, raw in enumerate(opened.stream, 1):
+    for number, raw in enumerate(iter(lambda: opened.stream.readline(json_list.LONGEST + 1), b""), 1):
         start, offset = offset, offset + len(raw)
+        if len(raw) > json_list.LONGEST:
+            raise DataError(f"{opened.path}, line {number} {_too_long()}")
         if number <= skip:
             continue
         mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
@@ -184,7 +192,7 @@ def _parse(line: str, where: str) -> Any:
 
 
 def _read_json(opened: Opened, skip: int, convert: Convert = rows_of.document) -> Iterator[Any]:
-    for number, row in enumerate(elements(opened.path, opened.stream), 1):
+    for number, row in enumerate(json_list.elements(opened.path, opened.stream), 1):
         yield convert(row, f"{opened.path}, row {number}") if number > skip else ()
 
 
@@ -199,7 +207,7 @@ def _read_parquet(opened: Opened, skip: int, convert: Convert = rows_of.document
         fields = list(rows_of.fields_of(file.schema_arrow.names, str(opened.path)))
         for number, row in _parquet_rows(file, fields, skip):
             yield convert(row, f"{opened.path}, row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{opened.path} is no Parquet file or damaged ({' '.join(str(error).split())})") from error
 
 
@@ -219,6 +227,7 @@ def _read_dataset(opened: Opened, skip: int) -> Iterator[Document]:
     data = storage.open_dataset(opened.path)
     for number in range(skip, data.documents):
         ids, copies = data.document(number), int(data.copies[number])
+        storage.check_ids(data, ids, int(data.offsets[number]) + 1)
         opened.raw.seek(int(data.offsets[number + 1]) * storage.TOKEN.itemsize)
         yield tuple(
             Encoded(ids[start : start + SEGMENT_TOKENS], data.tokenizer_digest, str(opened.path), copies)

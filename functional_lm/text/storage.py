@@ -233,7 +233,10 @@ def open_dataset(path: str | Path, tokenizer: Tokenizer | None = None) -> Datase
 
 
 def verify(dataset: Dataset) -> None:
-    """Read everything and compare with the checksums. Raises DataError naming the first damaged block."""
+    """Read everything and compare with the checksums and the vocabulary.
+
+    Raises DataError naming the first damaged block, or the first token that is not in the vocabulary.
+    """
     index = _with(dataset.path, ".index")
     header, blocks = _header(index)
     with open(index, "rb") as file:
@@ -243,10 +246,23 @@ def verify(dataset: Dataset) -> None:
         digests = file.read(16 * blocks)
     block_tokens = header[7]
     for block in range(blocks):
-        data = dataset.tokens[block * block_tokens : (block + 1) * block_tokens].tobytes()
+        tokens = dataset.tokens[block * block_tokens : (block + 1) * block_tokens]
+        data = tokens.tobytes()
         if _short_hash(data) != digests[16 * block : 16 * block + 16]:
             where = f"tokens {block * block_tokens}..{block * block_tokens + len(data) // TOKEN.itemsize - 1}"
             raise DataError(f"{dataset.path}.bin is damaged in block {block} ({where}); prepare it again")
+        check_ids(dataset, tokens, block * block_tokens)
+
+
+def check_ids(dataset: Dataset, tokens: NDArray[np.int32], first: int) -> None:
+    """What was written elsewhere may have digests that are right and ids that are not."""
+    if tokens.min(initial=0) >= 0 and tokens.max(initial=0) < dataset.vocab_size:
+        return
+    place = int(np.argmax((tokens < 0) | (tokens >= dataset.vocab_size)))
+    raise DataError(
+        f"{dataset.path}.bin: token {first + place} is {tokens[place]}, outside the vocabulary of "
+        f"{dataset.vocab_size}; prepare it again"
+    )
 
 
 def _header(path: Path) -> tuple[tuple[Any, ...], int]:
@@ -259,7 +275,10 @@ def _header(path: Path) -> tuple[tuple[Any, ...], int]:
         raise DataError(f"{path} has a damaged header; prepare it again")
     header = FIELDS.unpack(raw[: FIELDS.size])
     if header[1:3] != (VERSION, INT32):
-        raise DataError(f"{path} has layout {header[1]} and type {header[2]}; this version reads {VERSION} and {INT32}")
+        raise DataError(
+            f"{path} has layout {header[1]} and type {header[2]}; this version reads {VERSION} and {INT32}: "
+            "prepare it again"
+        )
     return header, header[8]
 
 
