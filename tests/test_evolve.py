@@ -35,9 +35,16 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=32)
     folder.save(place / "model", transformer.init(config, keys.key(0)), config, tokenizer)
     (place / "scores.py").write_text(
-        "import pathlib\n"
+        "import pathlib, sys, time\n"
         "def sat(texts, rows):\n    return [float('s' in text) + float('a' in text) for text in texts]\n"
         "def fails(texts, rows):\n    raise ValueError('on purpose')\n"
+        "def leaves(texts, rows):\n    sys.exit(0)\n"
+        "def nothing(texts, rows):\n    print(end='')\n"
+        "def nested(texts, rows):\n    return [[float(len(text))] for text in texts]\n"
+        "def sleeps(texts, rows):\n    time.sleep(60)\n"
+        "def goes_on(texts, rows):\n"
+        "    while True:\n        try:\n            time.sleep(60)\n        except Exception:\n            pass\n"
+        "def waits(texts, rows):\n    raise TimeoutError('timed out')\n"
         "def nan(texts, rows):\n    return [float('nan')] * len(texts)\n"
         "def later(texts, rows):\n"
         "    if pathlib.Path('broken').exists():\n        raise ValueError('broken by now')\n"
@@ -261,6 +268,27 @@ REFUSED = {
         ["--fitness", "scores:fails", "--max_tokens", "4"],
         "the fitness scores:fails raised ValueError: on purpose",
     ),
+    "exits": (["--fitness", "scores:leaves", "--max_tokens", "4"], "the fitness scores:leaves raised SystemExit: 0"),
+    "nothing": (
+        ["--fitness", "scores:nothing", "--max_tokens", "4"],
+        "the fitness scores:nothing returned NoneType; one number for each answer",
+    ),
+    "nested": (
+        ["--fitness", "scores:nested", "--max_tokens", "4"],
+        "the fitness scores:nested returned list of list; one number for each answer",
+    ),
+    "hangs": (
+        ["--fitness", "scores:sleeps", "--max_tokens", "4", "--timeout", "0.3"],
+        "the fitness scores:sleeps of a generation took more than 0.3 s; give --timeout more",
+    ),
+    "hangs and goes on": (
+        ["--fitness", "scores:goes_on", "--max_tokens", "4", "--timeout", "0.3"],
+        "the fitness scores:goes_on of a generation took more than 0.3 s; give --timeout more",
+    ),
+    "timeout of its own": (
+        ["--fitness", "scores:waits", "--max_tokens", "4", "--timeout", "60"],
+        "the fitness scores:waits raised TimeoutError: timed out",
+    ),
     "nan": (
         ["--fitness", "scores:nan", "--generations", "9", "--max_tokens", "4"],
         "no member of 5 generations in a row had a finite",
@@ -469,8 +497,10 @@ def test_an_edited_journal_is_refused_by_its_line(at: Path, capsys: pytest.Captu
     entry["fitness"][0] += 1.0
     cases = {
         "line 3 is not as it was written": [*lines[:2], json.dumps(entry), *lines[3:]],
-        "line 2 is not as it was written": [lines[0], *lines[2:]],
-        "line 3 is not a line of a journal; to go on from the generation before, keep the 2": [*lines[:2], "{}"],
+        "line 2 is not as it was written; to go on from the generation before, keep the line above": [
+            *(lines[0], *lines[2:])
+        ],
+        "line 3 is not a line of a journal; to go on from the generation before, keep the 2 lines": [*lines[:2], "{}"],
         "line 1 is not a line of a journal; without its first line it cannot be read": ["nonsense"],
     }
     for message, changed in cases.items():

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -210,9 +214,49 @@ def not_a_number(texts: list[str], given_rows: list[dict[str, str]]) -> list[flo
     return [math.nan, 1.0]
 
 
+def nothing(texts: list[str], given_rows: list[dict[str, str]]) -> None:
+    return None
+
+
+def nested(texts: list[str], given_rows: list[dict[str, str]]) -> list[list[float]]:
+    return [[1.0] for _ in texts]
+
+
+def by_place(texts: list[str], given_rows: list[dict[str, str]]) -> dict[int, float]:
+    return {place: 1.0 for place, _ in enumerate(texts)}
+
+
+def half_way(texts: list[str], given_rows: list[dict[str, str]]) -> Iterator[float]:
+    yield 1.0
+    raise ValueError("on the way")
+
+
+def leaving(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    sys.exit()
+
+
 def asleep(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
     time.sleep(60)
     return [1.0, 1.0]
+
+
+def stubborn(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    """Passes over every Exception."""
+    while True:
+        with suppress(Exception):
+            time.sleep(60)
+
+
+def deaf(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    """Passes over whatever comes, twice."""
+    for _ in range(2):
+        with suppress(BaseException):
+            time.sleep(60)
+    return [1.0, 1.0]
+
+
+def offline(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    raise TimeoutError("timed out")
 
 
 @pytest.mark.parametrize(
@@ -220,13 +264,33 @@ def asleep(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
     [
         ("short", "returned 1 numbers for 2 answers; one for each"),
         ("raising", "raised RuntimeError: no such luck"),
-        ("asleep", r"took more than 0.2 s; give --timeout more"),
+        ("leaving", "raised SystemExit$"),
+        ("half_way", "raised ValueError: on the way"),
+        ("offline", "raised TimeoutError: timed out"),
+        ("nothing", "returned NoneType; one number for each answer"),
+        ("nested", "returned list of list; one number for each answer"),
+        ("by_place", "returned dict; one number for each answer"),
+        ("asleep", "took more than 0.2 s; give --timeout more"),
+        ("stubborn", "took more than 0.2 s; give --timeout more"),
+        ("deaf", "took more than 0.2 s; give --timeout more"),
     ],
 )
-def test_a_function_that_fails_is_named(function: str, message: str) -> None:
+def test_a_function_that_fails_is_named(function: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     score = answers.named(f"{__name__}:{function}")
-    with pytest.raises(DataError, match=message), answers.limited(0.2, "the fitness"):
-        answers.scored([["2", "4"]], ROWS, score, function)
+    monkeypatch.setattr(answers, "AGAIN", 0.1)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(DataError, match=message):
+        answers.limited(0.2, "the fitness", lambda: answers.scored([["2", "4"]], ROWS, score, function))
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_what_is_in_time_is_what_it_returned(seconds: float) -> None:
+    assert answers.limited(seconds, "the fitness", lambda: 3) == 3
+    with pytest.raises(TimeoutError, match="its own"):
+        answers.limited(seconds, "the fitness", lambda: (_ for _ in ()).throw(TimeoutError("its own")))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_score_that_is_no_number_is_nan() -> None:
