@@ -299,7 +299,8 @@ def _run(
 
 
 def _replay(options: EvolveFlags) -> int:
-    """The weights that a journal describes, from the base alone: nothing is measured."""
+    """The weights that a journal describes, from the base alone (and the data, where members train). Nothing is
+    measured."""
     from functional_lm import keys, tree
     from functional_lm.evolution import journal as journals
     from functional_lm.evolution import loop
@@ -308,8 +309,7 @@ def _replay(options: EvolveFlags) -> int:
     flags: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in journal.header["flags"].items()
     }
-    if options.model is not None:
-        flags["model"] = options.model
+    flags |= {name: given for name in ("model", "data") if (given := getattr(options, name)) is not None}
     began = EvolveFlags(**{**flags, "device": options.device if options.device != "auto" else flags["device"]})
     out = Path(options.out) if options.out != EvolveFlags.out else Path(f"{began.out}-replayed")
     files.refuse_existing(out)
@@ -333,12 +333,19 @@ def _replay(options: EvolveFlags) -> int:
         evolution.model.tokenizer.save(temporary)
         evolution.write(temporary, written)
     console.say(
-        f"{len(journal.generations)} generations {'trained' if began.strategy == 'pbt' else 'told'} again, "
-        "nothing measured; "
+        f"{_done_again(began, len(journal.generations))}, nothing measured; "
         + ("the weights are those of the run, bit for bit" if same else _unlike(journal, end is not None))
     )
     console.say(f"the {evolution.what} is in {out}; go on with: {evolution.use} {out} --prompt TEXT")
     return 0
+
+
+def _done_again(options: EvolveFlags, count: int) -> str:
+    if options.strategy == "pbt":
+        return f"{count} generations trained again on {options.data}"
+    if options.space in evolve_flags.TRAINING:
+        return f"{count} generations told again, the one that is kept trained again on {options.data}"
+    return f"{count} generations told again"
 
 
 @contextmanager

@@ -214,9 +214,12 @@ def _answered(
 
     def scored(found: Tensor, rows: list[Any]) -> Tensor:
         members = answers.texts(found, model.tokenizer, asked.stops, options.stop)
-        with answers.limited(options.timeout, f"the fitness {','.join(names)} of a generation"):
-            columns = [answers.scored(members, rows, score, name) for name, score in scores.items()]
-        return torch.stack(columns, 1) if len(columns) > 1 else columns[0]
+
+        def columns() -> list[Tensor]:
+            return [answers.scored(members, rows, score, name) for name, score in scores.items()]
+
+        made = answers.limited(options.timeout, f"the fitness {','.join(names)} of a generation", columns)
+        return torch.stack(made, 1) if len(made) > 1 else made[0]
 
     def measure(candidates: Candidates, number: int) -> Tensor:
         rows = task.drawn(asked, number, options.batch_size, options.seed)

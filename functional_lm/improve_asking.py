@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm.errors import DataError
@@ -77,8 +78,8 @@ def asker_of(options: ImproveFlags, model: Model, found: Any) -> Asker:
             said = [{**row, "response": text} for row, text in zip(rows, texts)]
             values: list[float] = own_likelihood(params, said).tolist()
             return values
-        with answers.limited(options.timeout, f"the score {options.score} of a round"):
-            return answers.values_of(texts, rows, score, options.score)
+        work = partial(answers.values_of, texts, rows, score, options.score)
+        return answers.limited(options.timeout, f"the score {options.score} of a round", work)
 
     greedy = writing(0.0, 1.0)
 

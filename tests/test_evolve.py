@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_board import shown, told
 
-from functional_lm import disk, evolve, evolve_flags, files, folder, generate, keys, run_folder, tree
+from functional_lm import console, disk, evolve, evolve_flags, files, folder, generate, keys, run_folder, tree
 from functional_lm.cli import main_single
 from functional_lm.errors import DataError
 from functional_lm.evolution import journal as journals
@@ -35,9 +40,17 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, max_len=32)
     folder.save(place / "model", transformer.init(config, keys.key(0)), config, tokenizer)
     (place / "scores.py").write_text(
-        "import pathlib\n"
+        "import pathlib, sys, time\n"
         "def sat(texts, rows):\n    return [float('s' in text) + float('a' in text) for text in texts]\n"
+        "def letters(texts, rows):\n    return [sum(map(ord, text)) / 1000 for text in texts]\n"
         "def fails(texts, rows):\n    raise ValueError('on purpose')\n"
+        "def leaves(texts, rows):\n    sys.exit(0)\n"
+        "def nothing(texts, rows):\n    print(end='')\n"
+        "def nested(texts, rows):\n    return [[float(len(text))] for text in texts]\n"
+        "def sleeps(texts, rows):\n    time.sleep(60)\n"
+        "def goes_on(texts, rows):\n"
+        "    while True:\n        try:\n            time.sleep(60)\n        except Exception:\n            pass\n"
+        "def waits(texts, rows):\n    raise TimeoutError('timed out')\n"
         "def nan(texts, rows):\n    return [float('nan')] * len(texts)\n"
         "def later(texts, rows):\n"
         "    if pathlib.Path('broken').exists():\n        raise ValueError('broken by now')\n"
@@ -57,10 +70,10 @@ def call(*arguments: str) -> int:
 
 
 def evolved(out: Path, *more: str, data: str = "text.txt") -> int:
-    given = ["--model", "model", "--data", data, "--out", out, "--block_size", "16", "--batch_size", "4"]
-    short = ["--population", "4", "--generations", "3"]
-    kept = [word for flag, word in zip(short[::2], short[1::2]) if flag not in more for word in (flag, word)]
-    return call(*given, *kept, *EAGER, *more)
+    usual = ["--model", "model", "--data", data, "--block_size", "16", "--batch_size", "4"]
+    usual += ["--population", "4", "--generations", "3", *EAGER]
+    kept = [word for flag, word in zip(usual[::2], usual[1::2]) if flag not in more for word in (flag, word)]
+    return call("--out", out, *kept, *more)
 
 
 def weights_of(run: Path) -> str:
@@ -107,12 +120,16 @@ KINDS = {
     ],
     "adapter by differential evolution": ["--strategy", "differential-evolution", "--de_base", "current-to-best"],
     "part by pso": ["--space", "full", "--leaves", "*mlp*", "--strategy", "pso"],
-    "adapter by nsga2": ["--strategy", "nsga2", "--fitness", "accuracy,loss"],
+    "adapter by nsga2": ["--strategy", "nsga2", "--fitness", "accuracy,loss", "--strength", "20"],
     "part by map-elites": [
         *("--space", "full", "--leaves", "*mlp*", "--strategy", "map-elites", "--descriptor", "accuracy,bits"),
         *("--bins", "4x3", "--ranges", "0:1,-20:0"),
     ],
-    "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy"],
+    "adapter by genetics, accuracy": ["--strategy", "genetic", "--fitness", "accuracy", "--strength", "20"],
+    "drawn answers by eggroll": [
+        *("--data", "rows.jsonl", "--fitness", "scores:letters", "--max_tokens", "4", "--temperature", "1"),
+        *("--sigma", "0.3", "--chunk_size", "3"),
+    ],
 }
 
 
@@ -131,7 +148,7 @@ def test_dropout_is_a_choice_of_architecture(at: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_replayed_and_uninterrupted_are_one(kind: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped after 2 of 4 generations (with and without a checkpoint of the last one), then on: the same bits."""
-    flags = KINDS[kind]
+    flags, began = KINDS[kind], time.perf_counter()
     assert evolved(at / "whole", *flags, "--generations", "4") == 0
     assert evolved(at / "parts", *flags, "--generations", "2", "--save_every", "1") == 0
     shutil.rmtree(at / "parts" / "checkpoints" / "step-00000002")
@@ -139,17 +156,35 @@ def test_resumed_replayed_and_uninterrupted_are_one(kind: str, at: Path, capsys:
     assert "going on with" in capsys.readouterr().out
     assert weights_of(at / "whole") == weights_of(at / "parts")
     assert call("replay", at / "parts" / "journal.jsonl", "--out", at / "again") == 0
-    assert "bit for bit" in capsys.readouterr().out
+    again = "4 generations trained again on text.txt" if "pbt" in flags else "4 generations told again"
+    if "--steps" in flags and "pbt" not in flags:
+        again += ", the one that is kept trained again on text.txt"
+    said = capsys.readouterr().out
+    assert f"{again}, nothing measured; the weights are those of the run, bit for bit" in said
     assert weights_of(at / "again") == weights_of(at / "whole")
     lines = [json.loads(line) for line in (at / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == [1, 2, 3, 4]
     assert [line["evaluations"] for line in lines] == [4, 8, 12, 16]
-    assert {"fitness_best", "fitness_mean", "fitness_std"} <= lines[0].keys()
+    assert any(line["fitness_std"] > 0 for line in lines)
+    assert 0 < sum(4 / line["evaluations_per_second"] for line in lines) < time.perf_counter() - began
+    for name in ("fitness_best", "fitness_mean", "fitness_std", "evaluations_per_second"):
+        assert [step for step, _ in shown(at / "parts", name)] == [1, 2, 3, 4]
+        assert shown(at / "parts", name) == [(step, pytest.approx(value)) for step, value in told(at / "parts", name)]
     assert (at / "parts" / "fitness.png").stat().st_size > 1000
 
 
-def test_the_winner_is_an_ordinary_folder(at: Path) -> None:
+def test_the_winner_is_an_ordinary_folder(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(And on a terminal one sees where the run is.)"""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert evolved(at / "adapter", "--rank", "2") == 0
+    *_, last = (json.loads(line) for line in (at / "adapter" / "metrics.jsonl").read_text().splitlines())
+    bar = capsys.readouterr().err.split("\r")[-1]
+    assert "| 3/3 [" in bar
+    figures = [f"{last[f'fitness_{name}']:.4f}" for name in ("best", "mean", "std")]
+    rate = console.count(last["evaluations_per_second"])
+    assert "best {}, mean {} ± {}, {} evaluations/s]".format(*figures, rate) in bar
     assert evolved(at / "model", "--space", "full") == 0
     base = folder.load("model")
     peft.load_adapter(at / "adapter", base.params)  # refuses one of another base
@@ -272,6 +307,27 @@ REFUSED = {
     "raises": (
         ["--fitness", "scores:fails", "--max_tokens", "4"],
         "the fitness scores:fails raised ValueError: on purpose",
+    ),
+    "exits": (["--fitness", "scores:leaves", "--max_tokens", "4"], "the fitness scores:leaves raised SystemExit: 0"),
+    "nothing": (
+        ["--fitness", "scores:nothing", "--max_tokens", "4"],
+        "the fitness scores:nothing returned NoneType; one number for each answer",
+    ),
+    "nested": (
+        ["--fitness", "scores:nested", "--max_tokens", "4"],
+        "the fitness scores:nested returned list of list; one number for each answer",
+    ),
+    "hangs": (
+        ["--fitness", "scores:sleeps", "--max_tokens", "4", "--timeout", "0.3"],
+        "the fitness scores:sleeps of a generation took more than 0.3 s; give --timeout more",
+    ),
+    "hangs and goes on": (
+        ["--fitness", "scores:goes_on", "--max_tokens", "4", "--timeout", "0.3"],
+        "the fitness scores:goes_on of a generation took more than 0.3 s; give --timeout more",
+    ),
+    "timeout of its own": (
+        ["--fitness", "scores:waits", "--max_tokens", "4", "--timeout", "60"],
+        "the fitness scores:waits raised TimeoutError: timed out",
     ),
     "nan": (
         ["--fitness", "scores:nan", "--generations", "9", "--max_tokens", "4"],
@@ -454,6 +510,33 @@ def test_a_damaged_checkpoint_is_named_passed_over_and_kept(at: Path, capsys: py
     assert contents(at / "run" / "checkpoints" / "step-00000003") == damaged
 
 
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_compiled_runs_of_several_processes_are_one(at: Path) -> None:
+    """The law of resuming and replaying with the flags' defaults: compiled, and as exact as the processor likes."""
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+
+    def said(*words: str | Path) -> str:
+        command = [sys.executable, "-m", "functional_lm.evolve", *map(str, words)]
+        return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    def run(out: Path, *more: str) -> str:
+        short = ["--rank", "2", "--population", "4", "--block_size", "16", "--batch_size", "4"]
+        return said("--model", "model", "--data", "text.txt", "--out", out, *short, *more)
+
+    run(at / "whole", "--generations", "4")
+    run(at / "parts", "--generations", "2", "--save_every", "1")
+    shutil.rmtree(at / "parts" / "checkpoints" / "step-00000002")
+    assert "from generation 2" in run(at / "parts", "--generations", "4")
+    assert journals.read(at / "parts" / "journal.jsonl").header["flags"]["compile"]
+    assert weights_of(at / "whole") == weights_of(at / "parts")
+    assert "bit for bit" in said("replay", at / "parts" / "journal.jsonl", "--out", at / "again")
+    assert weights_of(at / "again") == weights_of(at / "whole")
+
+
 # The journal ----------------------------------------------------------------------------------------------------------
 
 
@@ -481,8 +564,10 @@ def test_an_edited_journal_is_refused_by_its_line(at: Path, capsys: pytest.Captu
     entry["fitness"][0] += 1.0
     cases = {
         "line 3 is not as it was written": [*lines[:2], json.dumps(entry), *lines[3:]],
-        "line 2 is not as it was written": [lines[0], *lines[2:]],
-        "line 3 is not a line of a journal; to go on from the generation before, keep the 2": [*lines[:2], "{}"],
+        "line 2 is not as it was written; to go on from the generation before, keep the line above": [
+            *(lines[0], *lines[2:])
+        ],
+        "line 3 is not a line of a journal; to go on from the generation before, keep the 2 lines": [*lines[:2], "{}"],
         "line 1 is not a line of a journal; without its first line it cannot be read": ["nonsense"],
     }
     for message, changed in cases.items():
@@ -509,6 +594,26 @@ def test_a_journal_belongs_to_its_base(at: Path, capsys: pytest.CaptureFixture[s
     folder.save(at / "other", other, base.config, base.tokenizer)
     assert call("replay", at / "run" / "journal.jsonl", "--model", at / "other", "--out", at / "again") == 1
     assert "began with another model" in capsys.readouterr().err
+
+
+def test_a_replay_that_trains_needs_the_text_of_the_run(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (at / "moved.txt").write_text(WORDS)
+    (at / "other.txt").write_text(WORDS + "and on\n")
+    trained = ["--space", "hyper", "--strategy", "pso", "--sigma", "0.5", "--steps", "1", "--val_fraction", "0.3"]
+    assert evolved(at / "run", *trained, "--generations", "1", data=str(at / "moved.txt")) == 0
+    (at / "moved.txt").rename(at / "here.txt")
+    replay = ["replay", at / "run" / "journal.jsonl", "--out", at / "again"]
+    for more, message in (
+        ([], "moved.txt"),
+        (["--data", at / "other.txt"], "began with another text: the one in --data has changed"),
+    ):
+        assert call(*replay, *more) in (1, 2)
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert call(*replay, "--data", at / "here.txt") == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert weights_of(at / "again") == weights_of(at / "run")
 
 
 def test_replay_says_what_it_lacks(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,14 +6,18 @@ Axes: P members.
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS, token_rows, weights
 from torch import Tensor
 
+from functional_lm import compile as compiling
 from functional_lm import keys, tree
+from functional_lm.compile import compiled
 from functional_lm.evolution import hyper
 from functional_lm.model.config import ModelConfig
 from functional_lm.training import optimizer, schedule, step
@@ -107,3 +111,20 @@ def test_members_train_as_if_each_were_alone(seed: int) -> None:
             one, _ = FUNCTIONS.train_step(one, batch(number))
         for path, leaf in tree.flatten(one.params).items():
             torch.testing.assert_close(leaf, tree.flatten(after.params)[path], rtol=1e-3, atol=1e-5, msg=f"{member}")
+
+
+@pytest.mark.long
+def test_generations_are_compiled_once_and_those_of_the_eager_form() -> None:
+    """Numbers, weights and parents differ from one to the next; the graph is the first one's."""
+    strategy = hyper.pbt(hyper.Settings(3), FUNCTIONS, NUMBERS)
+    together, eager = (
+        hyper.steps_of(FUNCTIONS, partial(compiled, donate=True, enabled=enabled)) for enabled in (True, False)
+    )
+    state, counts = strategy.init(keys.key(0), weights(CONFIG, 0)), [compiling.graphs()]
+    for generation in range(3):
+        found, expected = (train(state.states, batch, 2 * generation, 2) for train in (together, eager))
+        counts.append(compiling.graphs())
+        for path, leaf in tree.flatten(expected).items():
+            torch.testing.assert_close(tree.flatten(found)[path], leaf, rtol=1e-3, atol=1e-4, msg=path)
+        state = strategy.tell(state._replace(states=expected), torch.tensor([3.0, 1.0, 2.0]).roll(generation))
+    assert counts[0] < counts[1] == counts[2] == counts[3]

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -28,6 +32,7 @@ from functional_lm.inference import generate
 from functional_lm.model import lora, merge
 from functional_lm.model.config import ModelConfig
 from functional_lm.model.transformer import IGNORED, forward
+from functional_lm.tree import Tree
 
 CONFIG = ModelConfig(vocab_size=40, d_model=16, n_layers=2, n_heads=2, d_ff=24, max_len=32)
 
@@ -49,7 +54,7 @@ def space(name: str, config: ModelConfig, seed: int) -> Space:
         return spaces.adapter(params, lora.init(params, "all-linear", 3, keys.key(seed)))
     if name == "merge":
         return merging.merged([params, weights(config, seed + 1)], ["*", "*mlp*"])
-    return spaces.full(params, ["*"] if name == "full" else ["*.mlp.*", "model.norm.*"])
+    return spaces.full(params, ["*"] if name == "full" else ["*.mlp.*", "*norm*"])
 
 
 def rows(config: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -61,21 +66,30 @@ def rows(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["genetic", "openai-es", "eggroll", "regenerated"])
 @pytest.mark.parametrize("where", ["full", "lora", "part"])
-@given(config=configs(norm_placement="pre"), seed=SEEDS, chunk=st.integers(1, 6))
+@given(config=configs(), seed=SEEDS, chunk=st.integers(1, 6))
 @settings(max_examples=6)
 def test_a_population_is_the_loop_over_its_members(
     kind: str, where: str, config: ModelConfig, seed: int, chunk: int
 ) -> None:
-    """Whatever the architecture, the chunk, and which leaves are evolved."""
+    """Whatever the architecture, the chunk, and which leaves are evolved; of a first and of a later generation."""
     evolved, within, batch = strategy(kind), space(where, config, seed), rows(config, seed)
+    figures = [fitness.objective(name, config) for name in ("loss", "bits", "accuracy")]
     state = evolved.init(keys.key(seed), within.start)
-    for name in ("loss", "accuracy"):
-        objective = fitness.objective(name, config)
-        candidates = evolved.ask(state)
-        together = population.evaluator(evolved, within, objective, chunk=chunk)(candidates, batch)
-        if name == "loss":
-            assert_close(together, population.looped(evolved, within, objective)(candidates, batch), 3e-4)
-        state = evolved.tell(state, together)
+    if seed % 2:
+        state = evolved.tell(state, torch.arange(6.0))
+    candidates = evolved.ask(state)
+    together = population.evaluator(evolved, within, fitness.several(figures), chunk=chunk)(candidates, batch)
+    reference = fitness.several([*figures, partial(undecided, config=config)])
+    alone = population.looped(evolved, within, reference)(candidates, batch)
+    assert_close(together[:, :2], alone[:, :2], 3e-4)
+    assert ((together[:, 2] - alone[:, 2]).abs() <= alone[:, 3] + 1e-6).all()
+
+
+def undecided(model: Tree, batch: fitness.Batch, config: ModelConfig) -> Tensor:
+    """The share of targets where rounding may choose between the two likeliest tokens."""
+    first, second = forward(model, batch["tokens"], fitness.vmappable(config)).topk(2).values.unbind(-1)
+    there = batch["targets"] != IGNORED
+    return ((first - second < 1e-3 * first.abs().clamp(min=1)) & there).sum() / there.sum()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
@@ -91,6 +105,28 @@ def test_it_is_compiled_once_and_not_once_a_generation(backend: str) -> None:
         assert_close(found, loop(candidates, batch), 1e-4)
         state = evolved.tell(state, found)
     assert compiling.graphs() == before + 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_are_compiled_once_and_those_of_the_eager_form(temperature: float) -> None:
+    """Three chunks, of which the last one is filled up; prompts differ from one generation to the next."""
+    evolved, within = strategy("eggroll", 10), space("lora", CONFIG, 0)
+    how = answers.Answering(5, (), temperature, 4)
+    together, eager = (
+        answers.answerer(evolved, within, CONFIG, dataclasses.replace(how, compile=compile))
+        for compile in (True, False)
+    )
+    state, counts = evolved.init(keys.key(0), within.start), [compiling.graphs()]
+    for generation in range(3):
+        candidates, key = evolved.ask(state), keys.key(generation)
+        prompts = answers.padded([[token + generation for token in prompt] for prompt in PROMPTS], 5)
+        found = together(candidates, prompts, key)
+        counts.append(compiling.graphs())
+        assert torch.equal(found, eager(candidates, prompts, key))
+        assert len({tuple(member) for member in found.flatten(1).tolist()}) > 1
+        state = evolved.tell(state, found.float().mean((1, 2)))
+    assert counts[0] < counts[1] == counts[2] == counts[3]
 
 
 def test_fitness_is_what_it_says() -> None:
@@ -197,9 +233,49 @@ def not_a_number(texts: list[str], given_rows: list[dict[str, str]]) -> list[flo
     return [math.nan, 1.0]
 
 
+def nothing(texts: list[str], given_rows: list[dict[str, str]]) -> None:
+    return None
+
+
+def nested(texts: list[str], given_rows: list[dict[str, str]]) -> list[list[float]]:
+    return [[1.0] for _ in texts]
+
+
+def by_place(texts: list[str], given_rows: list[dict[str, str]]) -> dict[int, float]:
+    return {place: 1.0 for place, _ in enumerate(texts)}
+
+
+def half_way(texts: list[str], given_rows: list[dict[str, str]]) -> Iterator[float]:
+    yield 1.0
+    raise ValueError("on the way")
+
+
+def leaving(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    sys.exit()
+
+
 def asleep(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
     time.sleep(60)
     return [1.0, 1.0]
+
+
+def stubborn(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    """Passes over every Exception."""
+    while True:
+        with suppress(Exception):
+            time.sleep(60)
+
+
+def deaf(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    """Passes over whatever comes, twice."""
+    for _ in range(2):
+        with suppress(BaseException):
+            time.sleep(60)
+    return [1.0, 1.0]
+
+
+def offline(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
+    raise TimeoutError("timed out")
 
 
 @pytest.mark.parametrize(
@@ -207,13 +283,33 @@ def asleep(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:
     [
         ("short", "returned 1 numbers for 2 answers; one for each"),
         ("raising", "raised RuntimeError: no such luck"),
-        ("asleep", r"took more than 0.2 s; give --timeout more"),
+        ("leaving", "raised SystemExit$"),
+        ("half_way", "raised ValueError: on the way"),
+        ("offline", "raised TimeoutError: timed out"),
+        ("nothing", "returned NoneType; one number for each answer"),
+        ("nested", "returned list of list; one number for each answer"),
+        ("by_place", "returned dict; one number for each answer"),
+        ("asleep", "took more than 0.2 s; give --timeout more"),
+        ("stubborn", "took more than 0.2 s; give --timeout more"),
+        ("deaf", "took more than 0.2 s; give --timeout more"),
     ],
 )
-def test_a_function_that_fails_is_named(function: str, message: str) -> None:
+def test_a_function_that_fails_is_named(function: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     score = answers.named(f"{__name__}:{function}")
-    with pytest.raises(DataError, match=message), answers.limited(0.2, "the fitness"):
-        answers.scored([["2", "4"]], ROWS, score, function)
+    monkeypatch.setattr(answers, "AGAIN", 0.1)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(DataError, match=message):
+        answers.limited(0.2, "the fitness", lambda: answers.scored([["2", "4"]], ROWS, score, function))
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_what_is_in_time_is_what_it_returned(seconds: float) -> None:
+    assert answers.limited(seconds, "the fitness", lambda: 3) == 3
+    with pytest.raises(TimeoutError, match="its own"):
+        answers.limited(seconds, "the fitness", lambda: (_ for _ in ()).throw(TimeoutError("its own")))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_score_that_is_no_number_is_nan() -> None:

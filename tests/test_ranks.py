@@ -238,10 +238,12 @@ def test_what_ranks_refuse_is_said_once(at: Path) -> None:
         "    return [0.0] * len(texts)\n"
     )
     answered = ["--population", "4", "--chunk_size", "2", "--fitness", "unlike:by_rank", "--max_tokens", "4"]
+    trained = ["--population", "4", "--space", "hyper", "--strategy", "pbt", "--val_fraction", "0.3"]
     cases = {
         "4 ranks are more than the 2 chunks of 4 members": (4, ["--population", "8", "--chunk_size", "4"], "text.txt"),
         "3 ranks are more than the 2 members": (3, ["--population", "2"], "text.txt"),
         "--population 5 is odd": (2, ["--population", "5"], "text.txt"),
+        "--strategy pbt goes on with the weights of its members, which ranks do not exchange": (2, trained, "text.txt"),
         "the fitness unlike:by_rank raised ValueError: on purpose": (2, answered, "rows.jsonl"),
     }
     for number, (message, (ranks, more, data)) in enumerate(cases.items()):

@@ -17,11 +17,10 @@ import importlib
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +40,8 @@ from functional_lm.model.transformer import forward_cached
 from functional_lm.text.tokenizer import Tokenizer
 from functional_lm.tree import Tree
 
+T = TypeVar("T")
+AGAIN = 1.0  # seconds between interruptions of what goes on behind its limit
 Row = Mapping[str, Any]
 Score = Callable[[Sequence[str], Sequence[Row]], Sequence[float]]
 
@@ -198,8 +199,10 @@ def named(name: str) -> Score:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise UsageError(f"the fitness {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UsageError(f"the fitness {name!r} cannot be imported: {_told(error)}") from error
     if not callable(found):
         raise UsageError(f"the fitness {name!r} is {type(found).__name__}, not a function")
     score: Score = found
@@ -207,16 +210,36 @@ def named(name: str) -> Score:
 
 
 def values_of(answers: Sequence[str], rows: Sequence[Row], score: Score, name: str) -> list[float]:
-    """The score of each answer. Raises DataError where the function raises or returns something else."""
+    """The score of each answer. Raises DataError where the function raises, exits or returns something else."""
     try:
-        values = [float(value) for value in score(list(answers), list(rows))]
-    except (TimeoutError, KeyboardInterrupt):
+        found: Any = score(list(answers), list(rows))
+        if isinstance(found, Iterator):  # a generator runs only here
+            found = list(found)
+    except (KeyboardInterrupt, _Late):
         raise
-    except Exception as error:
-        raise DataError(f"the fitness {name} raised {type(error).__name__}: {error}") from error
+    except BaseException as error:  # sys.exit() too, which would end the command without a word
+        raise DataError(f"the fitness {name} raised {_told(error)}") from error
+    values = _numbers(found, name)
     if len(values) != len(rows):
         raise DataError(f"the fitness {name} returned {len(values)} numbers for {len(rows)} answers; one for each")
     return values
+
+
+def _numbers(found: Any, name: str) -> list[float]:
+    """What a function returned, as numbers. Raises DataError."""
+    kind = type(found).__name__
+    if isinstance(found, (str, bytes, Mapping, Set)):  # whose parts may be numbers, but are not those of the answers
+        raise DataError(f"the fitness {name} returned {kind}; one number for each answer")
+    try:
+        listed = list(found)
+        kind += " of " + ", ".join(sorted({type(value).__name__ for value in listed}))
+        return [float(value) for value in listed]
+    except Exception as error:
+        raise DataError(f"the fitness {name} returned {kind}; one number for each answer") from error
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def scored(members: Sequence[Sequence[str]], rows: Sequence[Row], score: Score, name: str) -> Float[Tensor, "P"]:
@@ -228,29 +251,44 @@ def scored(members: Sequence[Sequence[str]], rows: Sequence[Row], score: Score, 
     return torch.tensor(means)
 
 
-@contextmanager
-def limited(seconds: float, what: str) -> Iterator[None]:
-    """Raise DataError once the block has taken so long; 0, and outside the main thread: no limit.
+class _Late(BaseException):
+    """The time is over. No Exception, which a function may pass over, nor the TimeoutError of its own socket."""
 
-    It interrupts Python code, sleeping and waiting, but no call into a library that never returns to Python.
+
+def limited(seconds: float, what: str, work: Callable[[], T]) -> T:
+    """`work()`. Raises DataError once it has taken so long; 0, and outside the main thread: no limit.
+
+    It interrupts Python code, sleeping and waiting, but no call into a library that never returns to Python. What
+    goes on all the same is interrupted again every second, and what it returns is not taken.
     """
+    passed, within = False, True
 
     def late(number: int, frame: Any) -> None:
-        raise TimeoutError
+        nonlocal passed
+        passed = True
+        if within:
+            raise _Late
 
     if not seconds or not hasattr(signal, "setitimer"):
-        yield
-        return
+        return work()
     try:
         before = signal.signal(signal.SIGALRM, late)
     except ValueError:
-        yield
-        return
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+        return work()
     try:
-        yield
-    except TimeoutError:
-        raise DataError(f"{what} took more than {seconds:g} s; give --timeout more, or make it faster") from None
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
+            made = work()
+        finally:
+            within = False
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        if not passed:
+            raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    if passed:
+        raise DataError(f"{what} took more than {seconds:g} s; give --timeout more, or make it faster")
+    return made

@@ -129,4 +129,5 @@ def read(path: str | Path) -> Journal:
 def _remedy(number: int) -> str:
     if number == 1:
         return "without its first line it cannot be read"
-    return f"to go on from the generation before, keep the {number - 1} lines above and remove the rest"
+    above = "line" if number == 2 else f"{number - 1} lines"
+    return f"to go on from the generation before, keep the {above} above and remove the rest"
