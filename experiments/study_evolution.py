@@ -12,12 +12,17 @@ on, each with the same number of tokens read and written:
 - EGGROLL over a LoRA, whose fitness is exact match itself, which has no gradient.
 
 The two that need no answers to imitate, only whether one is right, draw their problems from all there are but those
-that are held out. Exact match is measured on held-out problems, greedily. Prints a table and writes a plot.
+that are held out. Exact match is measured on held-out problems, greedily. Prints a table and writes a plot, and the
+fine-tuned model with the evolved adapter as folders that can be served:
+
+    python -m functional_lm.serve --model OUT/model --adapter sums=OUT/adapter
+    curl localhost:8000/generate -d '{"model": "sums", "prompt": "#47+85=", "temperature": 0}'
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -28,17 +33,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_lm import files, keys, tree
+from functional_lm import files, folder, keys, tree
 from functional_lm.compile import compiled
 from functional_lm.evolution import answers, eggroll, gradient, spaces
 from functional_lm.evolution.strategy import Candidates, unmoved
+from functional_lm.interop import peft
 from functional_lm.model import lora, transformer
 from functional_lm.model.config import ModelConfig
+from functional_lm.text import tokenizer as tokenizers
 from functional_lm.training import optimizer, schedule, step
 from functional_lm.tree import Tree
 
 # Characters are tokens: 0-9 digits, then + = ; and the beginning.
 PLUS, EQUALS, END, BEGIN = 10, 11, 12, 13
+NEVER = 14  # a token that no text holds
 PROMPT, ANSWER = 7, 4  # tokens: begin, two digits, +, two digits, =; three digits and the end
 WIDTH = PROMPT + ANSWER - 1
 CONFIG = ModelConfig(
@@ -193,7 +201,24 @@ def evolve(
             run.tokens.append(number * each)
             run.exact.append(exact(whole(state.centre)))
             print(f"  EGGROLL: {run.tokens[-1] / 1e6:6.2f} M tokens, exact match {run.exact[-1]:.3f}", flush=True)
-    return run, state.centre
+    return run, tree.overlay(state.centre, lora.split(start)[1])
+
+
+def save(out: Path, params: Tree, adapter: Tree, rank: int) -> None:
+    """Model and adapter for the tokenizer of bytes: `#` begins a problem, the end of a document ends it.
+
+    Bytes that no problem holds look to the model like a token that it has never met.
+    """
+    words = tokenizers.train((), "bytes")
+    spelled = {**{words.encode(text)[0]: number for number, text in enumerate("0123456789+=")}, words.eos_id: END}
+    spelled[words.encode("#")[0]] = BEGIN
+    rows = torch.tensor([spelled.get(token, NEVER) for token in range(words.vocab_size)])
+    model = {**params["model"], "embed_tokens": {"weight": params["model"]["embed_tokens"]["weight"][rows]}}
+    base = {**params, "model": model}
+    config = dataclasses.replace(CONFIG, vocab_size=words.vocab_size)
+    folder.save(out / "model", base, config, words)
+    how = peft.Settings(rank, rank, lora.ALL_LINEAR, base=str(out / "model"), digest=tree.digest(base))
+    peft.save(out / "adapter", adapter, how, base)
 
 
 # The study ------------------------------------------------------------------------------------------------------------
@@ -237,7 +262,7 @@ def main() -> None:
     steps = budget // (64 * 8 * width)
     _, more = train("more supervision", tuned, rows(few, 6, 64 * 8), 3e-4, steps, often, exact)
     report(Path(given.out), before, [more, policy, evolved])
-    tree.save(winner, Path(given.out) / "adapter.safetensors")
+    save(Path(given.out), tuned, winner, given.rank)
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 

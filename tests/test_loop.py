@@ -85,7 +85,8 @@ class World:
 def run(world: World, start: int = 0, **plan: Any) -> Outcome:
     functions = counting()
     state = functions.init({}, keys.key(0))._replace(step=torch.tensor(start))
-    return loop.run(state, functions, Plan(**{**EAGER, **plan}), world.hooks())
+    with loop.stopping_by_signal() as stopping:
+        return loop.run(state, functions, Plan(**{**EAGER, **plan}), world.hooks(), stopping)
 
 
 # When -----------------------------------------------------------------------------------------------------------------
