@@ -34,10 +34,10 @@ def ours(name: str, size: int, population: int) -> Callable[[], Any]:
     from functional_lm.training import optimizer
 
     made: dict[str, Callable[[], Any]] = {
-        "snes": lambda: natural.snes(population, SIGMA, torch.float32),
-        "xnes": lambda: natural.xnes(population, SIGMA, torch.float32),
-        "cma-es": lambda: cma.cma_es(population, SIGMA, torch.float32),
-        "sep-cma-es": lambda: cma.sep_cma_es(population, SIGMA, torch.float32),
+        "snes": lambda: natural.snes(population, SIGMA, torch.float32, compiled),
+        "xnes": lambda: natural.xnes(population, SIGMA, torch.float32, compiled),
+        "cma-es": lambda: cma.cma_es(population, SIGMA, torch.float32, compiled),
+        "sep-cma-es": lambda: cma.sep_cma_es(population, SIGMA, torch.float32, compiled),
         "openai-es": lambda: openai.openai_es(
             gradient.Settings(population),
             optimizer.optimizer("adamw"),

@@ -111,7 +111,7 @@ def _float32() -> torch.dtype:
     return torch.float32
 
 
-COMPILED = 1 << 24  # numbers drawn in a generation, above which a compiled draw is worth its compiling
+COMPILED = 1 << 22  # numbers drawn in a generation, above which a compiled draw is worth its compiling
 
 
 def own_numbers(options: EvolveFlags, start: Tree) -> int:
@@ -151,7 +151,7 @@ def strategy_of(options: EvolveFlags, start: Tree) -> Strategy:
         separable = options.strategy == "sep-cma-es"
         return restarts.restarting(options.restarts, options.population, options.sigma, separable)
     if options.strategy in vectors:
-        return vectors[options.strategy](options.population, options.sigma)
+        return vectors[options.strategy](options.population, options.sigma, wrap=wrap)
     if options.strategy == "mezo":
         return mezo.mezo(options.population, {name: values[name] for name in gradient.NUMBERS}, wrap)
     how = gradient.Settings(options.population, options.antithetic, options.shaping, options.noise)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,22 @@ from hypothesis import strategies as st
 from strategies import SEEDS, numbers
 from torch import Tensor
 
+from functional_lm import compile as compiling
 from functional_lm import evolve_flags, keys, tree
 from functional_lm.errors import UsageError
-from functional_lm.evolution import differential, eggroll, genetic, gradient, mezo, openai, restarts, shaping, swarm
+from functional_lm.evolution import (
+    cma,
+    differential,
+    eggroll,
+    genetic,
+    gradient,
+    mezo,
+    natural,
+    openai,
+    restarts,
+    shaping,
+    swarm,
+)
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.strategy import Strategy
 from functional_lm.training.optimizer import OPTIMIZERS, optimizer
@@ -398,3 +412,23 @@ def test_tournaments_win_as_often_as_their_rule_says(tournament: int, pressure: 
 def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [natural.snes, cma.sep_cma_es])
+def test_a_compiled_draw_of_vectors_is_the_eager_one(make: Any) -> None:
+    calls: list[int] = []
+
+    def wrap(function: Any) -> Any:
+        compiled = compiling.compiled(function, backend="aot_eager")
+
+        def counted(*rest: Any) -> Any:
+            calls.append(1)
+            return compiled(*rest)
+
+        return counted
+
+    eager, fast = make(4, 0.1), make(4, 0.1, wrap=wrap)
+    states = [strategy.init(keys.key(0), {"x": torch.ones(5)}) for strategy in (eager, fast)]
+    asked = [strategy.ask(state).own["x"] for strategy, state in zip((eager, fast), states)]
+    assert torch.allclose(asked[0], asked[1], atol=1e-6)
+    assert calls

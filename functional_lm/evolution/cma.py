@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from functional_lm.evolution import vector
+from functional_lm.evolution.gradient import Wrap, unwrapped
 from functional_lm.evolution.strategy import Strategy
 from functional_lm.evolution.vector import Search
 
@@ -66,21 +67,21 @@ def constants(size: int, population: int, dtype: torch.dtype, separable: bool = 
     return Constants(torch.tensor(weights, dtype=dtype), mass, c_sigma, damping, c_c, c_1, c_mu, expected)
 
 
-def cma_es(population: int, sigma: float, dtype: torch.dtype = torch.float64) -> Strategy:
+def cma_es(population: int, sigma: float, dtype: torch.dtype = torch.float64, wrap: Wrap = unwrapped) -> Strategy:
     """The full form, with negative weights: D² numbers and D³ work, D at most `vector.FULL_LIMIT`."""
-    return _strategy("cma-es", population, sigma, dtype, separable=False)
+    return _strategy("cma-es", population, sigma, dtype, separable=False, wrap=wrap)
 
 
-def sep_cma_es(population: int, sigma: float, dtype: torch.dtype = torch.float32) -> Strategy:
+def sep_cma_es(population: int, sigma: float, dtype: torch.dtype = torch.float32, wrap: Wrap = unwrapped) -> Strategy:
     """The separable form: a diagonal covariance, D work."""
-    return _strategy("sep-cma-es", population, sigma, dtype, separable=True)
+    return _strategy("sep-cma-es", population, sigma, dtype, separable=True, wrap=wrap)
 
 
-def _strategy(name: str, population: int, sigma: float, dtype: torch.dtype, separable: bool) -> Strategy:
+def _strategy(name: str, population: int, sigma: float, dtype: torch.dtype, separable: bool, wrap: Wrap) -> Strategy:
     def search(size: int, dtype: torch.dtype) -> Search:
         return search_of(size, population, sigma, dtype, separable)
 
-    return vector.over_vectors(name, population, search, dtype, None if separable else vector.FULL_LIMIT)
+    return vector.over_vectors(name, population, search, dtype, None if separable else vector.FULL_LIMIT, wrap)
 
 
 def search_of(size: int, population: int, sigma: float, dtype: torch.dtype, separable: bool) -> Search:

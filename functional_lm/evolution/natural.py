@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from functional_lm.evolution import vector
+from functional_lm.evolution.gradient import Wrap, unwrapped
 from functional_lm.evolution.shaping import utilities
 from functional_lm.evolution.strategy import Strategy
 from functional_lm.evolution.vector import Search
@@ -30,7 +31,7 @@ class Full(NamedTuple):
     transform: Float[Tensor, "D D"]
 
 
-def snes(population: int, sigma: float, dtype: torch.dtype = torch.float32) -> Strategy:
+def snes(population: int, sigma: float, dtype: torch.dtype = torch.float32, wrap: Wrap = unwrapped) -> Strategy:
     """Separable NES (section 3.4, algorithm 6): a standard deviation for each number, D work."""
 
     def search(size: int, dtype: torch.dtype) -> Search:
@@ -49,10 +50,10 @@ def snes(population: int, sigma: float, dtype: torch.dtype = torch.float32) -> S
             lambda at: at.mean,
         )
 
-    return vector.over_vectors("snes", population, search, dtype)
+    return vector.over_vectors("snes", population, search, dtype, None, wrap)
 
 
-def xnes(population: int, sigma: float, dtype: torch.dtype = torch.float64) -> Strategy:
+def xnes(population: int, sigma: float, dtype: torch.dtype = torch.float64, wrap: Wrap = unwrapped) -> Strategy:
     """Exponential NES (section 3.3, algorithm 5), with the matrix exponential itself.
 
     Its steps are those of the rotated problem rotated. D² numbers and D³ work: D is at most `vector.FULL_LIMIT`.
@@ -76,4 +77,4 @@ def xnes(population: int, sigma: float, dtype: torch.dtype = torch.float64) -> S
             lambda at: at.mean,
         )
 
-    return vector.over_vectors("xnes", population, search, dtype, vector.FULL_LIMIT)
+    return vector.over_vectors("xnes", population, search, dtype, vector.FULL_LIMIT, wrap)

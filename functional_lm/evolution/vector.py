@@ -24,6 +24,7 @@ from torch import Tensor
 from functional_lm import keys, tree
 from functional_lm.errors import UsageError
 from functional_lm.evolution import strategy as common
+from functional_lm.evolution.gradient import Wrap, unwrapped
 from functional_lm.evolution.shaping import usable
 from functional_lm.evolution.strategy import Candidates, Strategy
 from functional_lm.tree import Tree
@@ -69,9 +70,14 @@ def over_vectors(
     search: Callable[[int, torch.dtype], Search],
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
+    wrap: Wrap = unwrapped,
 ) -> Strategy:
-    """The strategy that `search(D, dtype)` makes for a tree of D numbers. `limit` is the largest D."""
+    """The strategy that `search(D, dtype)` makes for a tree of D numbers. `limit` is the largest D.
+
+    `wrap` may compile the draw, which is most of what a generation costs where D is large.
+    """
     common.check_population(population)
+    draw = wrap(drawn)
 
     def made(like: Tree) -> Search:
         return search(tree.size(like), dtype)
@@ -82,7 +88,7 @@ def over_vectors(
         return State(*head, made(start).init(ravel(start, dtype)))
 
     def draws(state: State) -> Float[Tensor, "P D"]:
-        return drawn(common.generation_key(state), population, tree.size(state.centre), dtype)
+        return draw(common.generation_key(state), population, tree.size(state.centre), dtype)
 
     def ask(state: State) -> Candidates:
         points = made(state.centre).points(state.distribution, draws(state))
