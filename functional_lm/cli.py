@@ -129,8 +129,8 @@ def main_single(command: Command, argv: Sequence[str] | None = None, prog: str |
     """Run one command; errors become one line on stderr and an exit code, which is returned."""
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = False
+    before = _as_ctrl_c(signal.SIGTERM)
     try:
-        _as_ctrl_c(signal.SIGTERM)
         if "--help" in argv or "-h" in argv:
             print(help_text(command, prog or f"python -m functional_lm {command.name}"))
         elif "--version" in argv:
@@ -143,13 +143,20 @@ def main_single(command: Command, argv: Sequence[str] | None = None, prog: str |
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return _report(error, debug)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
-def _as_ctrl_c(number: int) -> None:
-    """Let a signal end the command as Ctrl-C does: with a word and with what it tidies up on its way out."""
-    with suppress(ValueError):  # not the main thread: whoever runs it handles signals
+def _as_ctrl_c(number: int) -> Any:
+    """Let a signal end the command as Ctrl-C does: with a word and with what it tidies up on its way out.
+
+    The handler to give back; None where somebody else handles it, and outside the main thread.
+    """
+    with suppress(ValueError):
         if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+            return signal.signal(number, signal.default_int_handler)
+    return None
 
 
 def call(command: Command, given: dict[str, Any]) -> None:

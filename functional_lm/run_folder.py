@@ -108,9 +108,7 @@ def checkpoint_to_resume(flags: TrainingFlags, overrides: Mapping[str, Any], out
     if flags.overwrite:
         return None
     check_free(out, "training")
-    newest, damaged = checkpoint.newest(out / "checkpoints")
-    for entry in damaged:
-        console.say(f"passing over a damaged checkpoint, which is kept: {entry.reason}")
+    newest = newest_checkpoint(out)
     if flags.resume not in ("auto", "never"):
         path = Path(flags.resume)
         if not (path / checkpoint.NOTES).is_file():
@@ -126,6 +124,16 @@ def checkpoint_to_resume(flags: TrainingFlags, overrides: Mapping[str, Any], out
         raise UsageError(f"{out} already holds a run; choose another --out, or --overwrite it")
     if earlier := _earlier(newest, out):
         _compare(flags, overrides, earlier, f"{out if newest is None else newest}")
+    return newest
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest whole one; damaged ones are named and passed over. Raises DataError where every one is damaged."""
+    from functional_lm.training import checkpoint
+
+    newest, damaged = checkpoint.newest(out / "checkpoints")
+    for entry in damaged:
+        console.say(f"passing over a damaged checkpoint, which is kept: {entry.reason}")
     return newest
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,7 +48,6 @@ def saving(flags: TrainingFlags, job: Job, out: Path, trouble: Trouble) -> Itera
     whole = Verified(checkpoint.reason)
 
     def write(state: TrainState, memory: Mapping[str, Any]) -> None:
-        check_there(out)
         config = None if job.members or job.written else job.config
         beside = job.written.save if job.written else None
         path = checkpoint.save(out / "checkpoints", state, config, job.tokenizer, memory, beside, job.record)
@@ -66,12 +64,6 @@ def saving(flags: TrainingFlags, job: Job, out: Path, trouble: Trouble) -> Itera
             raise
         with troubled(trouble):
             saver.wait()
-
-
-def check_there(out: Path) -> None:
-    """Raise FileNotFoundError for a run folder that has vanished: nothing makes it again."""
-    if not out.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(out))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm import console, files, run_folder
 from functional_lm.errors import FunctionalLMError
-from functional_lm.run_saving import Trouble, check_there, saving, troubled
+from functional_lm.run_saving import Trouble, saving, troubled
 from functional_lm.training_flags import TrainingFlags
 
 if TYPE_CHECKING:
@@ -159,7 +159,6 @@ def _train(
     def keep(step: int, before: tuple[float | None, int], params: Tree) -> None:
         """On the saver's thread."""
         try:
-            check_there(out)
             run_best.keep(out, step, lambda path: _save(path, params, job))
         except OSError:
             best.value, best.step = before  # what is not on the disk cannot be the model in the end
@@ -208,9 +207,7 @@ def _rewound(
     """The newest checkpoint, and the batches since then passed over. Raises FunctionalLMError if there is none."""
     from functional_lm.training import checkpoint
 
-    path, damaged = checkpoint.newest(out / "checkpoints")
-    for entry in damaged:
-        console.say(f"passing over a damaged checkpoint, which is kept: {entry.reason}")
+    path = run_folder.newest_checkpoint(out)
     if path is None:
         raise FunctionalLMError(
             f"the loss spiked in step {outcome.last}, before the first checkpoint; lower --save_every or the rate"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -69,6 +71,26 @@ def test_an_error_while_running_is_one_line(
     assert main_single(command, ["--debug"]) == code
     err = capfd.readouterr().err
     assert line is None or ("Traceback (most recent call last)" in err and "in fails" in err)
+
+
+def test_sigterm_is_ctrl_c_and_its_handler_is_given_back(capfd: pytest.CaptureFixture[str]) -> None:
+    tidied = []
+
+    def asked_to_end(options: Options) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            tidied.append(True)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert main_single(Command("train", "", Options, asked_to_end), []) == 130
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr() == ("", "interrupted\n")
+    assert tidied
 
 
 @pytest.mark.parametrize(("default", "shown"), [(1, "1"), ("", "''"), ("runs/" + "deep/" * 9, "runs/deep/deep")])

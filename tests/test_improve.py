@@ -124,8 +124,15 @@ def test_stopped_and_gone_on_with_it_is_the_same(at: Path, capsys: pytest.Captur
     assert digest(at / "whole") == digest(at / "parts")
     strip = [{**entry, "seconds": 0} for entry in rounds(at / "whole")]
     assert [{**entry, "seconds": 0} for entry in rounds(at / "parts")] == strip
-    assert improved(at / "parts", "--samples", "5") == 2
-    assert "--samples was 6, is 5" in capsys.readouterr().err
+    assert improved(at / "parts", "--samples", "5", "--at_once", "60") == 2
+    assert "(--samples was 6, is 5; --at_once was 120, is 60)" in capsys.readouterr().err
+    rows = Path("sums.jsonl").read_text()
+    try:
+        Path("sums.jsonl").write_text(rows + '{"prompt": "9+9", "response": "18"}\n')
+        assert improved(at / "parts") == 2
+    finally:
+        Path("sums.jsonl").write_text(rows)
+    assert "holds other rounds (the text has changed)" in capsys.readouterr().err
     assert improved(at / "parts", "--model", "other") == 2
     shutil.rmtree(at / "whole" / "rounds")
     lines = (at / "whole" / "rounds.jsonl").read_text().splitlines()

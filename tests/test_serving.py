@@ -351,10 +351,10 @@ def test_events_come_further_apart_while_others_wait() -> None:
     service = Service(engine, TOKENIZER, ("fox",), pause=0.02)
     breaths = []
     for _ in range(20):
-        breaths.append(service.breath)
+        breaths.append(service.breath())
         engine.submit(Request((5,), 1))
     assert breaths == pytest.approx([0.02] * 3 + [min(0.1, 0.01 * number) for number in range(3, 20)])
     service.pause = 0.0
-    assert service.breath == 0.0
+    assert service.breath() == 0.0
     service.pause = 0.5
-    assert service.breath == 0.5
+    assert service.breath() == 0.5

@@ -471,7 +471,8 @@ def test_a_spike_goes_back_past_its_batches_and_is_the_same_when_killed_behind_i
     )
     assert seen == [*range(27), *range(27, 34)]
     assert [step for step, _ in losses(whole)] == list(range(1, 33))
-    assert checkpoint.notes(checkpoint.listing(whole / "checkpoints")[-1])["memory"]["ahead"] == 2
+    memory = checkpoint.notes(checkpoint.listing(whole / "checkpoints")[-1])["memory"]
+    assert (memory["ahead"], memory["rewinds"]) == (2, 1)
     shutil.copytree(whole, parts)
     cut_back(parts, 30)
     assert pretrain(data=text, out=parts, **flags) == 0

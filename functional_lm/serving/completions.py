@@ -44,9 +44,9 @@ def completions(service: Service, form: forms.Completion) -> Response:
             (lambda: {**chunk(), "usage": events.usage(prompts, answers)}) if form.counting else None,
             late=form.echo and bool(lists),
         )
-        return events.stream(answers, script, lambda: service.breath)
+        return events.stream(answers, script, service.breath)
     choices = []
-    for i, text in enumerate(events.whole(answers, lambda: service.breath)):
+    for i, text in enumerate(events.whole(answers, service.breath)):
         before = choice(i, "", prompt=True)["logprobs"] if form.echo else None
         made = choice(i, echoes[i // form.n] + text, answers[i].finish_reason)
         choices.append({**made, "logprobs": logprobs.joined(before, made["logprobs"])} if before else made)
@@ -79,7 +79,7 @@ def chats(service: Service, form: forms.Chat) -> Response:
             lambda i: delta(i, {}, answers[i].finish_reason),
             (lambda: {**head, "choices": [], "usage": events.usage([prompt], answers)}) if form.counting else None,
         )
-        return events.stream(answers, script, lambda: service.breath)
+        return events.stream(answers, script, service.breath)
     choices = [
         {
             "index": i,
@@ -87,7 +87,7 @@ def chats(service: Service, form: forms.Chat) -> Response:
             "logprobs": told(i),
             "finish_reason": answers[i].finish_reason,
         }
-        for i, text in enumerate(events.whole(answers, lambda: service.breath))
+        for i, text in enumerate(events.whole(answers, service.breath))
     ]
     head = _head(service, form, "chatcmpl", "chat.completion")
     return jsonify({**head, "choices": choices, "usage": events.usage([prompt], answers)})

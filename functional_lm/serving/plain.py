@@ -69,9 +69,9 @@ def generate(service: Service, form: forms.Generate) -> Response:
         return events.stream(
             answers,
             Script(lambda i: [], lambda i, piece: {"token": piece}, lambda i: {"finish_reason": answer.finish_reason}),
-            lambda: service.breath,
+            service.breath,
         )
-    (text,) = events.whole(answers, lambda: service.breath)
+    (text,) = events.whole(answers, service.breath)
     return jsonify(generated_text=text, finish_reason=answer.finish_reason, tokens=answer.tokens)
 
 

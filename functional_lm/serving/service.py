@@ -68,7 +68,6 @@ class Service:
         """Of the model, then of its adapters."""
         return list(self._adapters)
 
-    @property
     def breath(self) -> float:
         """Seconds between two events of a stream now: `pause`, and longer (up to LONGEST_BREATH) while others wait.
 
