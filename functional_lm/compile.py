@@ -81,12 +81,15 @@ def _add_up_in_order() -> None:
 
     Inductor reads its rules once: what was compiled here before, by anybody, has left a copy that still holds them.
     """
-    from torch._inductor import decomposition
+    from torch._inductor import decomposition, lowering
 
     for operation in ATOMIC:
         decomposition.decompositions.pop(operation, None)
     if not decomposition.select_decomp_table().keys().isdisjoint(ATOMIC):
         decomposition.fast_random_decomps.cache_clear()
+    for operation in ATOMIC:
+        if operation not in lowering.lowerings:  # left to itself Inductor refuses where the environment says CI
+            lowering.make_fallback(operation, warn=False)
     torch.compiler.config.cache_key_tag = TAG
 
 

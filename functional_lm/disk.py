@@ -35,6 +35,7 @@ _HASHED = threading.local()  # .digests, while a thread hashes what it writes
 _NEVER_MADE: list[Path] = []
 
 LARGE, PAGE = 1 << 20, 4096  # bytes
+GONE = "the run folder is gone"
 
 
 @contextmanager
@@ -210,12 +211,18 @@ def never_made(path: Path) -> Iterator[None]:
         _NEVER_MADE.remove(path)
 
 
+def gone(path: str | os.PathLike[str]) -> Path | None:
+    """The folder of a run (`never_made`) that this path lies in, if it has vanished."""
+    above = {Path(path), *Path(path).parents}
+    return next((folder for folder in _NEVER_MADE if folder in above and not folder.is_dir()), None)
+
+
 def make_folder(path: Path) -> None:
     """The folder, with those above it; nothing if it is there."""
     if path.is_dir():
         return
     if path in _NEVER_MADE:
-        raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(path))
+        raise FileNotFoundError(errno.ENOENT, GONE, str(path))
     if path.parent != path:
         make_folder(path.parent)
     _do("mkdir", path, lambda share: path.mkdir(exist_ok=True))

@@ -290,7 +290,7 @@ def _run(
         hooks = loop.Hooks(measure, lambda *values: None, agree=agree, hurry=group.hurry)
         return loop.run(strategy, state, journal, plan, hooks, None)
     run_folder.settle(out)
-    with unwritten("the generation was not written"), disk.never_made(out), Recorder(out, first) as recorder:
+    with disk.never_made(out), unwritten("the generation was not written"), Recorder(out, first) as recorder:
         hooks = loop.Hooks(measure, recorder.metrics, validate, advance, task.describe, agree, group.hurry)
         return loop.run(strategy, state, journal, plan, hooks, out)
 

@@ -99,5 +99,8 @@ def unwritten(what: str) -> Iterator[None]:
 
 
 def _reason(error: OSError) -> str:
+    folder = disk.gone(error.filename) if error.filename else None
+    if folder is not None:  # whichever file of it was missed first
+        return f"{folder}: {disk.GONE}"
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from steps import DROPPING, SHALLOW, close, made, rows, same, start
 from torch import Tensor
-from torch._inductor import decomposition
+from torch._inductor import decomposition, lowering
 
 from functional_lm import compile as compiling
 from functional_lm import keys, tree
@@ -77,6 +77,18 @@ def test_nothing_is_added_atomically_after_somebody_else_has_compiled(monkeypatc
     assert set(compiling.ATOMIC) <= decomposition.select_decomp_table().keys()
     compiling.compiled(torch.sin)
     assert decomposition.select_decomp_table().keys().isdisjoint(compiling.ATOMIC)
+
+
+def test_a_gradient_of_an_embedding_compiles_where_the_environment_says_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    for operation in compiling.ATOMIC:
+        monkeypatch.delitem(lowering.lowerings, operation, raising=False)
+    table, ids = torch.randn(7, 3), torch.tensor([1, 5, 1])
+
+    def gradient(table: Tensor) -> Tensor:
+        return torch.func.grad(lambda rows: torch.nn.functional.embedding(ids, rows).square().sum())(table)
+
+    assert torch.equal(compiling.compiled(gradient)(table), gradient(table))
 
 
 @pytest.mark.parametrize("name", sorted(optimizer.OPTIMIZERS))
