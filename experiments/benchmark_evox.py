@@ -123,10 +123,10 @@ def ours(given: Setting, sigma: float) -> Callable[[int], Run]:
         hidden = linear(params["0"], x).relu()
         return -F.cross_entropy(linear(params["2"], hidden), y)
 
-    def member(fixed: Any, shared: Any, own: Any, x: Tensor, y: Tensor) -> Tensor:
-        return fitness(tree.overlay(fixed, strategy.member(shared, own)), x, y)
+    def member(fixed: Any, own: Any, x: Tensor, y: Tensor) -> Tensor:
+        return fitness(tree.overlay(fixed, own), x, y)
 
-    together = compiled(torch.vmap(member, in_dims=(None, None, 0, None, None)))
+    together = compiled(torch.vmap(member, in_dims=(None, 0, None, None)))
     every = batches(given)
 
     def run(seed: int) -> Run:
@@ -136,7 +136,7 @@ def ours(given: Setting, sigma: float) -> Callable[[int], Run]:
         def step(number: int) -> None:
             nonlocal state, best
             asked = strategy.ask(state)
-            found = together(asked.fixed, asked.shared, asked.own, *every[number])
+            found = together(asked.fixed, strategy.members(asked.shared, asked.own), *every[number])
             state, best = strategy.tell(state, found), found.max()
 
         seconds = timed(step)

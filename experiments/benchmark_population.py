@@ -70,10 +70,11 @@ def side(
     candidates = strategy.ask(strategy.init(keys.key(0), space.start))
     objective = fitness.loss(config)
     prepared = population.preparation(strategy, space, dtype)(candidates)
-    one = population.member_of(strategy, space, objective, dtype)
-    together = compiled(torch.vmap(one, in_dims=(None, None, 0, None)))
+    make = compiled(population.making(strategy, space, dtype))
+    measure = compiled(population.measuring(space, objective, dtype))
     parts = list(population.chunks(candidates.own, members, population.share(members, chunk)))
-    return lambda: torch.cat([together(*prepared, own, batch) for own in parts])
+    frozen, shared = prepared
+    return lambda: torch.cat([measure(frozen, make(frozen, shared, own), batch) for own in parts])
 
 
 def timed(once: Callable[[], Any], seconds: float) -> list[float]:

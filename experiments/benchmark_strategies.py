@@ -49,7 +49,7 @@ def ours(name: str, size: int, population: int) -> Callable[[], Any]:
     state = strategy.init(keys.key(0), {"x": torch.ones(size)})
 
     def members(candidates: Any) -> torch.Tensor:
-        leaves = torch.vmap(strategy.member, (None, 0))(candidates.shared, candidates.own)
+        leaves = strategy.members(candidates.shared, candidates.own)
         return leaves["x"]  # type: ignore[no-any-return]
 
     def generation() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -414,21 +415,18 @@ def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -
         make()
 
 
-@pytest.mark.parametrize("make", [natural.snes, cma.sep_cma_es])
-def test_a_compiled_draw_of_vectors_is_the_eager_one(make: Any) -> None:
-    calls: list[int] = []
-
-    def wrap(function: Any) -> Any:
-        compiled = compiling.compiled(function, backend="aot_eager")
-
-        def counted(*rest: Any) -> Any:
-            calls.append(1)
-            return compiled(*rest)
-
-        return counted
-
-    eager, fast = make(4, 0.1), make(4, 0.1, wrap=wrap)
-    states = [strategy.init(keys.key(0), {"x": torch.ones(5)}) for strategy in (eager, fast)]
-    asked = [strategy.ask(state).own["x"] for strategy, state in zip((eager, fast), states)]
-    assert torch.allclose(asked[0], asked[1], atol=1e-6)
-    assert calls
+@pytest.mark.parametrize("make", [natural.snes, natural.xnes, cma.sep_cma_es, cma.cma_es])
+def test_compiled_generations_of_vectors_are_the_eager_ones_and_one_graph_each(make: Any) -> None:
+    """Asking and telling are a graph each, of the first generation as of the others."""
+    eager, fast = make(6, 0.1), make(6, 0.1, wrap=partial(compiling.compiled, backend="aot_eager"))
+    start, graphs = {"x": torch.ones(5)}, [compiling.graphs()]
+    states = [strategy.init(keys.key(0), start) for strategy in (eager, fast)]
+    for _ in range(3):
+        asked = [strategy.ask(state).own["x"] for strategy, state in zip((eager, fast), states)]
+        torch.testing.assert_close(asked[1], asked[0], rtol=1e-5, atol=1e-6)
+        fitness = -asked[0].square().sum(-1)
+        states = [strategy.tell(state, fitness) for strategy, state in zip((eager, fast), states)]
+        graphs.append(compiling.graphs())
+    for one, other in zip(tree.leaves(states[0]._asdict()), tree.leaves(states[1]._asdict()), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    assert [after - graphs[0] for after in graphs[1:]] == [2, 2, 2]

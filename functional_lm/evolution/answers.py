@@ -30,7 +30,7 @@ from functional_lm import keys, tree
 from functional_lm.compile import compiled
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolution.fitness import vmappable
-from functional_lm.evolution.population import Share, chunks, members, preparation, share
+from functional_lm.evolution.population import Share, chunks, making, members, model_of, preparation, share
 from functional_lm.evolution.spaces import Space
 from functional_lm.evolution.strategy import Candidates, Strategy
 from functional_lm.inference import cache as kv
@@ -89,20 +89,13 @@ def answerer(
     prepare = preparation(strategy, space, dtype)
     mine = share(strategy.population, how.chunk) if how.part is None else how.part
 
-    def member(frozen: Tree, shared: Tree, own: Tree) -> Tree:
-        leaves = strategy.member(shared, own)
-        return space.model(frozen, leaves, dtype) if space.makes else leaves
-
-    def model_of(frozen: Tree, own: Tree) -> Tree:
-        return own if space.makes else space.model(frozen, own, dtype)
-
     def fill(
         cache: Tree, frozen: Tree, own: Tree, prompts: Prompts, row_keys: Tensor, drawn: Tensor
     ) -> tuple[Tree, Tensor]:
         start = torch.zeros_like(prompts.last)
 
         def one(cache: Tree, own: Tree) -> tuple[Tree, Tensor]:
-            model = model_of(frozen, own)
+            model = model_of(space, dtype, frozen, own)
             cache, logits = prefill(model, cache, prompts.tokens, start, prompts.last, config)
             return cache, choose(logits, row_keys, drawn, how.temperature)
 
@@ -112,14 +105,14 @@ def answerer(
         state: tuple[Tree, Tensor], frozen: Tree, own: Tree, at: Tensor, row_keys: Tensor, drawn: Tensor
     ) -> tuple[tuple[Tree, Tensor], Tensor]:
         def one(cache: Tree, own: Tree, tokens: Tensor) -> tuple[Tree, Tensor]:
-            model = model_of(frozen, own)
+            model = model_of(space, dtype, frozen, own)
             cache, logits = forward_cached(model, cache, tokens[:, None], at, config)
             return cache, choose(logits[:, -1], row_keys, drawn, how.temperature)
 
         cache, tokens = torch.vmap(one)(state[0], own, state[1])
         return (cache, tokens), tokens
 
-    leaves = compiled(torch.vmap(member, (None, None, 0)), enabled=how.compile)
+    leaves = compiled(making(strategy, space, dtype), enabled=how.compile)
     read = compiled(fill, donate=True, enabled=how.compile)
     decode = compiled(step, donate=True, enabled=how.compile)
 

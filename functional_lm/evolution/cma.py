@@ -135,4 +135,4 @@ def _updated(at: Distribution, z: Tensor, y: Tensor, known: Constants, separable
     covariance = (covariance + covariance.mT) / 2
     values, basis = torch.linalg.eigh(covariance)
     roots = values.clamp(min=torch.finfo(z.dtype).tiny).sqrt()
-    return Distribution(mean, sigma, covariance, roots, basis, path, step_path, count)
+    return Distribution(mean, sigma, covariance, roots, basis.contiguous(), path, step_path, count)

@@ -107,13 +107,13 @@ def answerer(
     the same key for every member; settings that are not evolved are those of `settings`."""
     prepare = preparation(strategy, space, dtype)
     mine = share(strategy.population, how.chunk) if how.part is None else how.part
-    write, leaves = writer(config, how, dtype, settings, names), torch.vmap(strategy.member, (None, 0))
+    write = writer(config, how, dtype, settings, names)
 
     def answer(candidates: Candidates, prompts: Prompts, key: Tensor) -> Int[Tensor, "P N M"]:
         with torch.no_grad():
             frozen, shared = prepare(candidates)
             parts = chunks(candidates.own, strategy.population, mine)
-            found = [write(frozen, leaves(shared, own), prompts, key) for own in parts]
+            found = [write(frozen, strategy.members(shared, own), prompts, key) for own in parts]
         return torch.cat(found)[: members(strategy.population, mine)]
 
     return answer

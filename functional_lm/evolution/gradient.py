@@ -4,7 +4,7 @@
 
 A *perturbation* says how ε is drawn and put into the tree; this is what strategies differ in (`openai.py`,
 `eggroll.py`). Noise is *stored* (`ask` draws it for all members) or *regenerated*: then a member is a key and a sign,
-and its noise is drawn inside the forward, so that memory does not grow with P.
+and its noise is drawn when it is computed, so that memory does not grow with P.
 
 Axes: P members, N pairs (or members, where they are not paired).
 """
@@ -125,6 +125,7 @@ def estimating(
         return torch.vmap(lambda amount: perturbation.put(centre, noise, amount))(amounts)
 
     def all_of_them(centre: Tree, own: Tensor, sigma: Tensor) -> Tree:
+        """Members [P, ...] of pairs [N]."""
         made = torch.vmap(lambda key: both(centre, key, sigma))(own)
         return tree.map(lambda leaf: leaf.flatten(0, 1), made)
 
@@ -145,13 +146,17 @@ def estimating(
         each = {"key": own.repeat_interleave(len(signs), 0), "sign": sign}
         return Candidates(fixed, {"centre": state.centre, "sigma": sigma}, each)
 
-    def member(shared: Tree, own: Tree) -> Tree:
+    def members(shared: Tree, own: Tree) -> Tree:
         if settings.noise == "stored":
             return own
-        return one(shared["centre"], own["key"], own["sign"] * shared["sigma"])
+        centre, sigma = shared["centre"], shared["sigma"]
+        if len(own["sign"]) % len(signs) == 0:  # whole pairs
+            return all_of_them(centre, own["key"][:: len(signs)], sigma)
+        return torch.vmap(lambda key, sign: one(centre, key, sign * sigma))(own["key"], own["sign"])
 
     def dense(candidates: Candidates, index: int) -> Tree:
-        return formed(candidates.fixed, member(candidates.shared, tree.index(candidates.own, index)))
+        own = tree.map(lambda leaf: leaf[index : index + 1], candidates.own)
+        return formed(candidates.fixed, tree.index(members(candidates.shared, own), 0))
 
     def tell(state: Search, fitness: Float[Tensor, "P"]) -> Search:
         own, sigma = pair_keys(state), state.numbers["sigma"]
@@ -176,7 +181,7 @@ def estimating(
         centre = tree.map(lambda p, u: (p + u).to(p.dtype), state.centre, updates)
         return Search(state.key, state.generation + 1, centre, best, best_fitness, moments, state.numbers)
 
-    return Strategy(name, count, init, ask, tell, member, dense)
+    return Strategy(name, count, init, ask, tell, members, dense)
 
 
 def _partial(perturbation: Perturbation) -> Callable[[Tree, Tensor, Tensor], Tree]:

@@ -4,7 +4,8 @@
     fitness  = evaluate(candidates, batch)                                      [P]
 
 The members go through in chunks of one size, so that one graph serves all of them and all generations; the last chunk
-is filled up with members that count nothing.
+is filled up with members that count nothing. What each has of its own is made first, for a chunk, and then computed
+with: noise that were drawn in the midst of the products would be drawn again for whatever reads it.
 
 Axes: P members, C members of a chunk.
 """
@@ -24,6 +25,7 @@ from functional_lm.evolution.fitness import Batch, Objective
 from functional_lm.evolution.gradient import Wrap, unwrapped
 from functional_lm.evolution.spaces import Space
 from functional_lm.evolution.strategy import Candidates, Strategy
+from functional_lm.model.compute import compute_copy
 from functional_lm.tree import Tree
 
 Evaluate = Callable[[Candidates, Batch], Float[Tensor, "P"]]
@@ -70,8 +72,8 @@ def preparation(strategy: Strategy, space: Space, dtype: torch.dtype) -> Callabl
 
     def prepare(candidates: Candidates) -> Prepared:
         if "names" not in kept:
-            first = tree.map(lambda leaf: leaf[0], candidates.own)
-            kept["names"] = list(tree.flatten(strategy.member(candidates.shared, first)))
+            first = tree.map(lambda leaf: leaf[:1], candidates.own)
+            kept["names"] = list(tree.flatten(strategy.members(candidates.shared, first)))
         if candidates.fixed or "frozen" not in kept:
             frozen = space.freeze(space.base, candidates.fixed, kept["names"], dtype)
             if candidates.fixed:
@@ -82,13 +84,32 @@ def preparation(strategy: Strategy, space: Space, dtype: torch.dtype) -> Callabl
     return prepare
 
 
-def member_of(strategy: Strategy, space: Space, objective: Objective, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """`(frozen, shared, own, batch) -> fitness` [] of one member: what is mapped over."""
+def making(strategy: Strategy, space: Space, dtype: torch.dtype) -> Callable[[Tree, Tree, Tree], Tree]:
+    """`(frozen, shared, own [C, ...]) -> [C, ...]`: what each member computes with, its own leaves or its model."""
 
-    def one(frozen: Tree, shared: Tree, own: Tree, batch: Batch) -> Tensor:
-        return objective(space.model(frozen, strategy.member(shared, own), dtype), batch).float()
+    def each(frozen: Tree, leaves: Tree) -> Tree:
+        if space.makes:
+            return space.model(frozen, leaves, dtype)
+        return compute_copy(leaves, dtype, fuse=False)
 
-    return one
+    def make(frozen: Tree, shared: Tree, own: Tree) -> Tree:
+        return torch.vmap(each, in_dims=(None, 0))(frozen, strategy.members(shared, own))
+
+    return make
+
+
+def model_of(space: Space, dtype: torch.dtype, frozen: Tree, made: Tree) -> Tree:
+    """The model of one of the members that `making` made."""
+    return made if space.makes else space.model(frozen, made, dtype)
+
+
+def measuring(space: Space, objective: Objective, dtype: torch.dtype) -> Callable[[Tree, Tree, Batch], Tensor]:
+    """`(frozen, made [C, ...], batch) -> fitness` [C]."""
+
+    def one(frozen: Tree, made: Tree, batch: Batch) -> Tensor:
+        return objective(model_of(space, dtype, frozen, made), batch).float()
+
+    return torch.vmap(one, in_dims=(None, 0, None))
 
 
 def evaluator(
@@ -100,18 +121,19 @@ def evaluator(
     wrap: Wrap = unwrapped,
     part: Share | None = None,
 ) -> Evaluate:
-    """`(candidates, batch) -> fitness` [P] float32 through vmapped, wrapped (compiled) calls of `chunk` members.
+    """`(candidates, batch) -> fitness` [P] float32 through two wrapped (compiled) calls for each `chunk` of members.
 
     With a `part` it measures that alone.
     """
-    prepare, one = preparation(strategy, space, dtype), member_of(strategy, space, objective, dtype)
-    together = wrap(torch.vmap(one, in_dims=(None, None, 0, None)))
+    prepare = preparation(strategy, space, dtype)
+    make, measure = wrap(making(strategy, space, dtype)), wrap(measuring(space, objective, dtype))
     mine = share(strategy.population, chunk) if part is None else part
 
     def evaluate(candidates: Candidates, batch: Batch) -> Float[Tensor, "P"]:
         with torch.no_grad():
             frozen, shared = prepare(candidates)
-            found = [together(frozen, shared, own, batch) for own in chunks(candidates.own, strategy.population, mine)]
+            parts = chunks(candidates.own, strategy.population, mine)
+            found = [measure(frozen, make(frozen, shared, own), batch) for own in parts]
         return torch.cat(found)[: members(strategy.population, mine)]
 
     return evaluate
@@ -138,8 +160,6 @@ def looped(strategy: Strategy, space: Space, objective: Objective, dtype: torch.
     """The same one member after the other, from plain parameters: the reference, and what a loop costs."""
 
     def evaluate(candidates: Candidates, batch: Batch) -> Float[Tensor, "P"]:
-        from functional_lm.model.compute import compute_copy
-
         found = []
         with torch.no_grad():
             for i in range(strategy.population):

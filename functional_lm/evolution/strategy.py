@@ -4,9 +4,10 @@
     candidates = strategy.ask(state)                P members, as what they share and what each has of its own
     state      = strategy.tell(state, fitness)      fitness [P], higher is better
 
-A member is `strategy.member(shared, own)`: the leaves that are its own, in front of `candidates.fixed`, which all have
-as they stand. So an evaluation is `vmap(lambda shared, own: f(overlay(fixed, member(shared, own))), (None, 0))`, and a
-member may be leaves, noise that is added inside the forward, or nothing but a key to draw it from.
+`strategy.members(shared, own)` are the leaves that are each member's own [C, ...], of all or of a run of them, in front
+of `candidates.fixed`, which all have as they stand. So an evaluation is
+`vmap(lambda own: f(overlay(fixed, own)))(members(shared, own))`, and a member may be leaves, noise that is added inside
+the forward, or nothing but a key to draw it from.
 
 Draws are functions of (generation's key, member, leaf's path) alone, so that `tell` needs no candidates: it draws what
 it needs again. Neither the order of leaves nor which others there are changes a draw. (Two draw over all numbers at
@@ -55,7 +56,7 @@ class State(Protocol):
 
 
 def as_it_stands(shared: Tree, own: Tree) -> Tree:
-    """The `member` of strategies whose candidates are plain trees."""
+    """The `members` of strategies whose candidates are plain trees."""
     return own
 
 
@@ -79,7 +80,7 @@ class Strategy(NamedTuple):
     init: Callable[[Tensor, Tree], Any]
     ask: Callable[[Any], Candidates]
     tell: Callable[[Any, Tensor], Any]
-    member: Callable[[Tree, Tree], Tree] = as_it_stands
+    members: Callable[[Tree, Tree], Tree] = as_it_stands
     dense: Callable[[Candidates, int], Tree] = plain
     figures: int = 1
     told: Callable[[Any], dict[str, float]] = nothing
@@ -125,7 +126,7 @@ def improved(state: State, fitness: Float[Tensor, "P"], candidate: Callable[[Ten
     """The best tree and fitness so far, given this generation's; `candidate(index)` is called for its winner."""
     sorted_out, _ = usable(fitness)
     index = sorted_out.argmax()
-    value = sorted_out[index].to(state.best_fitness.dtype)
+    value = sorted_out.amax().to(state.best_fitness.dtype)
     better = value > state.best_fitness
     best = tree.map(lambda new, old: torch.where(better, new, old).to(old.dtype), candidate(index), state.best)
     return best, torch.where(better, value, state.best_fitness)

@@ -74,10 +74,9 @@ def over_vectors(
 ) -> Strategy:
     """The strategy that `search(D, dtype)` makes for a tree of D numbers. `limit` is the largest D.
 
-    `wrap` may compile the draw, which is most of what a generation costs where D is large.
+    `wrap` (`compiled`, say) goes around ask and tell.
     """
     common.check_population(population)
-    draw = wrap(drawn)
 
     def made(like: Tree) -> Search:
         return search(tree.size(like), dtype)
@@ -85,10 +84,11 @@ def over_vectors(
     def init(key: Tensor, start: Tree) -> State:
         head = common.begun(key, start, dtype)
         check_size(name, tree.size(start), limit)
-        return State(*head, made(start).init(ravel(start, dtype)))
+        # No two leaves are one tensor and all lie as those of later generations do, so that one graph serves all.
+        return tree.copy(State(*head, made(start).init(ravel(start, dtype))))
 
     def draws(state: State) -> Float[Tensor, "P D"]:
-        return draw(common.generation_key(state), population, tree.size(state.centre), dtype)
+        return drawn(common.generation_key(state), population, tree.size(state.centre), dtype)
 
     def ask(state: State) -> Candidates:
         points = made(state.centre).points(state.distribution, draws(state))
@@ -97,7 +97,7 @@ def over_vectors(
     def tell(state: State, fitness: Float[Tensor, "P"]) -> State:
         own, z = made(state.centre), draws(state)
         x = own.points(state.distribution, z)
-        best, best_fitness = common.improved(state, fitness, lambda i: unravel(x[i], state.centre))
+        best, best_fitness = common.improved(state, fitness, lambda i: unravel(x[i[None]][0], state.centre))
         known, finite = usable(fitness)
         # Where nothing is known there is nothing to follow.
         ranked = known.argsort(descending=True, stable=True)
@@ -107,7 +107,7 @@ def over_vectors(
         centre = unravel(own.mean(distribution), state.centre)
         return State(state.key, state.generation + 1, centre, best, best_fitness, distribution)
 
-    return Strategy(name, population, init, ask, tell)
+    return Strategy(name, population, init, wrap(ask), wrap(tell))
 
 
 def check_size(name: str, size: int, limit: int | None) -> None:
