@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from functional_lm.evolution.ranks import Group
     from functional_lm.evolution.strategy import Candidates
     from functional_lm.text.corpus import Corpus
+    from functional_lm.training.record import Values
     from functional_lm.tree import Tree
 
 
@@ -90,6 +91,7 @@ def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int
         console.say(f"stopped after generation {int(outcome.state.generation)}; the same command goes on from there")
         raise KeyboardInterrupt
     if group.first:
+        run_folder.settle(out)  # where there was nothing to measure
         finish(options, evolution, task, outcome, out, started)
     return 0
 
@@ -289,9 +291,13 @@ def _run(
     if not group.first:
         hooks = loop.Hooks(measure, lambda *values: None, agree=agree, hurry=group.hurry)
         return loop.run(strategy, state, journal, plan, hooks, None)
-    run_folder.settle(out)
     with disk.never_made(out), unwritten("the generation was not written"), Recorder(out, first) as recorder:
-        hooks = loop.Hooks(measure, recorder.metrics, validate, advance, task.describe, agree, group.hurry)
+
+        def record(number: int, values: Values) -> None:
+            recorder.metrics(number, values)
+            run_folder.settle(out)  # a fitness may fail until it has measured a generation
+
+        hooks = loop.Hooks(measure, record, validate, advance, task.describe, agree, group.hurry)
         return loop.run(strategy, state, journal, plan, hooks, out)
 
 

@@ -466,6 +466,28 @@ def test_a_folder_has_one_run_at_a_time(at: Path, capsys: pytest.CaptureFixture[
     assert not (at / "run" / run_folder.LOCK).exists()
 
 
+@pytest.mark.parametrize("ends", ["refused", "killed"])
+def test_a_run_to_replace_is_there_until_the_new_one_has_measured(
+    ends: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(What is killed tidies nothing up: the next command does.)"""
+    assert evolved(at / "run", data="rows.jsonl") == 0
+    before = contents(at / "run")
+    if ends == "refused":
+        assert evolved(at / "run", "--overwrite", "--fitness", "scores:fails", "--max_tokens", "4", data="rows.jsonl") == 1
+        assert capsys.readouterr().err == "error: the fitness scores:fails raised ValueError: on purpose\n"
+    else:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(loop, "told", lambda *_: sys.exit(137))
+            evolved(at / "run", "--overwrite", "--sigma", "0.5", data="rows.jsonl")
+        assert evolved(at / "run", "--resume", "never", data="rows.jsonl") == 2
+    assert contents(at / "run") == before
+    for generations, more in ((1, []), (0, ["--evaluations", "1"])):
+        assert evolved(at / "run", "--overwrite", "--generations", "1", *more, data="rows.jsonl") == 0
+        assert not (at / "run" / run_folder.REPLACED).exists()
+        assert len(journals.read(at / "run" / "journal.jsonl").generations) == generations
+
+
 def test_a_folder_of_something_else_is_left_as_it_is(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (at / "letters").mkdir()
     (at / "letters" / "to_mother.txt").write_text("dear")
