@@ -262,7 +262,7 @@ def _run(
     from functional_lm.evolution import loop
     from functional_lm.training.record import Recorder
 
-    first = int(state.generation)
+    first, compiles = int(state.generation), options.compile
 
     def advance(state: Any, number: int) -> Any:
         if number != first or not options.compile or options.strategy != "pbt":
@@ -271,9 +271,10 @@ def _run(
             return task.advance(state, number)
 
     def measure(candidates: Candidates, number: int) -> Tensor:
-        if number != first or not options.compile:
+        nonlocal compiles
+        if not compiles:
             return task.placed(group.together(task.measure(candidates, number)), candidates)
-        alone = options.space not in evolve_flags.TRAINING or options.strategy == "pbt"
+        compiles, alone = False, options.space not in evolve_flags.TRAINING or options.strategy == "pbt"
         with console.announced(f"compiling the population's {'' if alone else 'training and '}evaluation"):
             return task.placed(group.together(task.measure(candidates, number)), candidates)
 

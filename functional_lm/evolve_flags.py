@@ -164,8 +164,8 @@ class EvolveFlags:
     )  # fmt: skip
     batch_size: int = option(8, "rows (or prompts) that all members of a generation see", low=1, group="Data")
     batches: int | None = option(
-        None, "so many different ones, in turns; 0: one for each generation; if not given 0, but 1 for strategies that "
-        "keep what they measured", low=0, group="Data",
+        None, "so many different ones, in turns; 0: one for each generation; if not given 0, but 1 for --restarts and "
+        "strategies that keep what they measured", low=0, group="Data",
     )  # fmt: skip
     block_size: int | None = option(None, "tokens in a row; the model's max_len if not given", low=1, group="Data")
     val_fraction: float = option(0.05, "share of the data kept for validation", low=0, below=1, group="Data")
@@ -215,8 +215,10 @@ def figures(flags: EvolveFlags) -> tuple[str, ...]:
 
 
 def batches(flags: EvolveFlags) -> int:
-    """How many minibatches there are; 0: no end of them."""
-    return flags.batches if flags.batches is not None else int(flags.strategy in REMEMBERING)
+    """How many minibatches there are; 0: no end of them. What restarts go by compares generations, too."""
+    if flags.batches is not None:
+        return flags.batches
+    return int(flags.strategy in REMEMBERING or flags.restarts != "none")
 
 
 def answers(name: str) -> bool:

@@ -48,7 +48,7 @@ class Plan:
 class Hooks(NamedTuple):
     """What the loop asks of the world outside."""
 
-    measure: Callable[[Candidates, int], Tensor]  # the fitness [P] of a generation's candidates
+    measure: Callable[[Candidates, int], Tensor]  # the fitness [P] of candidates on a minibatch
     record: Callable[[int, Values], None]
     validate: Callable[[Any], Mapping[str, float]] = lambda state: {}
     advance: Callable[[Any, int], Any] = lambda state, number: state  # what a generation does before it is measured
@@ -103,7 +103,7 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
                 break
             began = time.perf_counter()
             measured = hooks.advance(outcome.state, number)
-            fitness = hooks.measure(strategy.ask(measured), number).float().cpu()
+            fitness = hooks.measure(strategy.ask(measured), strategy.batch(measured)).float().cpu()
             if fitness.shape != (shape := common.shape_of_fitness(strategy)):
                 raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not {shape}")
             fitness = torch.where(torch.isfinite(fitness), fitness, math.nan)
