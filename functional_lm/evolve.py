@@ -133,9 +133,8 @@ def _journal(options: EvolveFlags, out: Path) -> Journal | None:
     # A flag that is younger than the journal was what it is where it is not given.
     before = _as_json(EvolveFlags()) | journal.header["flags"]
     now = _as_json(options)
-    changes = [
-        f"--{name} was {before[name]}, is {now[name]}" for name in evolve_flags.FIXED if before[name] != now[name]
-    ]
+    names = evolve_flags.fixed(options)
+    changes = [f"--{name} was {before[name]}, is {now[name]}" for name in names if before[name] != now[name]]
     if changes:
         raise UsageError(f"{out} holds another run ({'; '.join(changes)}); choose another --out, or --overwrite it")
     if journal.cut:

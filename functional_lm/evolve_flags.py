@@ -41,6 +41,7 @@ FIXED = (
     "models", "method", "groups", "base", "density", "settings",
     "choices", "max_parameters", "equal_compute",
 )  # fmt: skip
+MEASURING = ("eval_batches",)  # fixed too where members train: half of what is held out is their fitness
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,18 @@ class EvolveFlags:
     compile: bool = option(True, "compile (eager where no C++ compiler is found)", group="Machine")
     seed: int = option(1337, "seed of every random draw", low=0, group="Strategy")
     eval_every: int = option(0, "generations between measurements on what was held out", low=0, group="Records")
-    eval_batches: int = option(20, "batches of them, and of the last one", low=1, group="Records")
+    eval_batches: int = option(
+        20, "batches of them, and of the last one; where members train, of their fitness too", low=1, group="Records"
+    )
     save_every: int = option(10, "generations between checkpoints; 0: at the end only", low=0, group="Records")
     keep: int = option(2, "checkpoints to keep; 0: all", low=0, group="Records")
     resume: str = option("auto", "auto: go on with the run in --out; never", choices=("auto", "never"), group="Records")
     overwrite: bool = option(False, "replace a run that --out already holds", group="Records")
+
+
+def fixed(flags: EvolveFlags) -> tuple[str, ...]:
+    """The flags that make this run what it is."""
+    return FIXED + (MEASURING if flags.space in TRAINING else ())
 
 
 def origin(flags: EvolveFlags) -> str:

@@ -435,6 +435,16 @@ def test_another_run_is_not_gone_on_with(at: Path, capsys: pytest.CaptureFixture
     assert journals.read(at / "run" / "journal.jsonl").header["flags"]["sigma"] == 0.5
 
 
+def test_what_trained_members_are_measured_on_is_the_runs(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Elsewhere the same flag says what is measured beside the run."""
+    trained = ["--space", "hyper", "--strategy", "pso", "--sigma", "0.5", "--steps", "1", "--val_fraction", "0.3"]
+    assert evolved(at / "run", *trained, "--generations", "1") == 0
+    assert evolved(at / "run", *trained, "--generations", "2", "--eval_batches", "4") == 2
+    assert "--eval_batches was 20, is 4" in capsys.readouterr().err
+    assert evolved(at / "other", "--generations", "1") == 0
+    assert evolved(at / "other", "--generations", "2", "--eval_batches", "4") == 0
+
+
 def test_a_journal_older_than_a_flag_is_gone_on_with(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evolved(at / "run") == 0
     old = journals.read(at / "run" / "journal.jsonl")
@@ -678,6 +688,7 @@ def test_every_flag_is_the_runs_or_the_callers() -> None:
         "action", "journal", "out", "generations", "evaluations", "minutes", "target", "timeout", "chunk_size",
         "device", "rank_timeout", "eval_every", "eval_batches", "save_every", "keep", "resume", "overwrite",
     }  # fmt: skip
+    assert set(evolve_flags.MEASURING) <= free
     assert free | set(evolve_flags.FIXED) == {field.name for field in dataclasses.fields(evolve_flags.EvolveFlags)}
 
 
