@@ -199,7 +199,8 @@ def fixed(flags: EvolveFlags) -> tuple[str, ...]:
 
 def origin(flags: EvolveFlags) -> str:
     """What is evolved, by its folders."""
-    return str(flags.model) if flags.model is not None else ", ".join(flags.models)
+    folders = flags.models if flags.model is None else filter(None, (flags.model, flags.adapter))
+    return ", ".join(folders)
 
 
 def grid(flags: EvolveFlags) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:

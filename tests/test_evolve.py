@@ -628,6 +628,22 @@ def test_a_journal_belongs_to_its_base(at: Path, capsys: pytest.CaptureFixture[s
     assert "began with another model" in capsys.readouterr().err
 
 
+def test_a_journal_belongs_to_the_adapter_that_it_began_with(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """(Its folder may be written again meanwhile: the name says nothing.)"""
+    for name, seed in (("adapter", "1"), ("other", "2")):
+        assert evolved(at / name, "--seed", seed, "--generations", "1") == 0
+    assert evolved(at / "run", "--adapter", at / "adapter") == 0
+    replay = ["replay", at / "run" / "journal.jsonl", "--out", at / "again"]
+    assert call(*replay) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    shutil.rmtree(at / "adapter")
+    (at / "other").rename(at / "adapter")
+    assert evolved(at / "run", "--adapter", at / "adapter", "--generations", "4") == 1
+    assert call(*replay[:-1], at / "third") == 1
+    error = capsys.readouterr().err
+    assert error.count("began with another model") == error.count(f"than the one in model, {at / 'adapter'} (") == 2
+
+
 def test_a_replay_that_trains_needs_the_text_of_the_run(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (at / "moved.txt").write_text(WORDS)
     (at / "other.txt").write_text(WORDS + "and on\n")
