@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -567,6 +568,23 @@ def test_compiled_runs_of_several_processes_are_one(at: Path) -> None:
     assert weights_of(at / "whole") == weights_of(at / "parts")
     assert "bit for bit" in said("replay", at / "parts" / "journal.jsonl", "--out", at / "again")
     assert weights_of(at / "again") == weights_of(at / "whole")
+
+
+@pytest.mark.parametrize(("error", "code"), [(RuntimeError("g++ was killed"), 130), (DataError("no number"), 1)])
+def test_a_signal_that_ends_the_compiler_too_is_an_interruption_and_no_error(
+    error: Exception, code: int, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the package has to say is said all the same. The next call goes on."""
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("functional_lm.evolution.population.chunks", signalled)
+        assert evolved(at / "run") == code
+    assert capsys.readouterr().err == ("interrupted\n" if code == 130 else "error: no number\n")
+    assert evolved(at / "run") == 0
 
 
 # The journal ----------------------------------------------------------------------------------------------------------

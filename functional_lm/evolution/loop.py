@@ -23,7 +23,7 @@ from functional_lm.evolution import strategy as common
 from functional_lm.evolution.journal import Journal
 from functional_lm.evolution.strategy import Candidates, Strategy
 from functional_lm.training import checkpoint as checkpoints
-from functional_lm.training.loop import stopping_by_signal
+from functional_lm.training.loop import compilers_end_with_us, stopping_by_signal
 from functional_lm.training.record import Values
 from functional_lm.training.saving import Verified
 
@@ -102,8 +102,9 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
                 outcome.ended = ended
                 break
             began = time.perf_counter()
-            measured = hooks.advance(outcome.state, number)
-            fitness = hooks.measure(strategy.ask(measured), strategy.batch(measured)).float().cpu()
+            with compilers_end_with_us(stopping):
+                measured = hooks.advance(outcome.state, number)
+                fitness = hooks.measure(strategy.ask(measured), strategy.batch(measured)).float().cpu()
             if fitness.shape != (shape := common.shape_of_fitness(strategy)):
                 raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not {shape}")
             fitness = torch.where(torch.isfinite(fitness), fitness, math.nan)
