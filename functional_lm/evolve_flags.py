@@ -160,7 +160,7 @@ class EvolveFlags:
     minutes: float | None = option(None, "wall time, compiling included", above=0, group="Length")
     target: float | None = option(None, "fitness of a member that ends it", group="Length")
     timeout: float = option(
-        0.0, "seconds that scoring a generation may take; 0: no limit; a call into a library that never returns to "
+        600.0, "seconds that scoring a generation may take; 0: no limit; a call into a library that never returns to "
         "Python is not interrupted", low=0, group="Length",
     )  # fmt: skip
     batch_size: int = option(8, "rows (or prompts) that all members of a generation see", low=1, group="Data")
