@@ -117,7 +117,7 @@ def _variant(
         return None
     if not ours(path.parent):
         return None
-    if path.is_file():
+    if path.is_file() and ours(path):
         with contextlib.suppress(Exception):  # damaged, or of a torch that reads it differently: it is made anew
             variant: Any = _read(path)
             if variant.guard_check(*args, **named):
@@ -149,12 +149,16 @@ def folder() -> Path:
     return Path(cache_dir()) / "functional_lm"
 
 
-def ours(folder: Path) -> bool:
-    """Whether nobody else can have put a program there: a folder of this user's that not everybody may write to."""
-    if not folder.exists() or not hasattr(os, "getuid"):
+def ours(path: Path) -> bool:
+    """Whether nobody else can have put a program there: a folder, or a file, of this user's that he alone writes to.
+
+    A group of the user's own number has nobody else in it.
+    """
+    if not path.exists() or not hasattr(os, "getuid"):
         return True
-    status = folder.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & stat.S_IWOTH
+    status = path.stat()
+    others = stat.S_IWOTH | (stat.S_IWGRP if status.st_gid != status.st_uid else 0)
+    return status.st_uid == os.getuid() and not status.st_mode & others
 
 
 def of_tensors(guards: Any) -> list[bool]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from functional_lm import console, disk, evolve_checks, evolve_flags, files, run_folder
+from functional_lm import evolve_surroundings as surroundings
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolution import ranks
@@ -22,7 +23,7 @@ from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_result import finish, usual_choice
 from functional_lm.evolve_search import Evolution, evolution_of, key_of
 from functional_lm.evolve_task import Task, chunk_of, task_of
-from functional_lm.run_saving import unwritten
+from functional_lm.run_saving import finishing, unwritten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from functional_lm.evolution.ranks import Group
     from functional_lm.evolution.strategy import Candidates
     from functional_lm.text.corpus import Corpus
+    from functional_lm.training.record import Values
     from functional_lm.tree import Tree
 
 
@@ -74,23 +76,26 @@ def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int
         return _share(options, evolution, journal, tokens, group)
 
     task = group.in_turn("data", lambda: task_of(options, evolution, found, out, divide))
-    state = evolution.strategy.init(keys.fold_in_name(key_of(options), "evolution"), evolution.space.start)
-    if journal is None:
-        journal = _begin(options, evolution, task, out, group)
-    else:
-        _check_base(journal, evolution, evolve_flags.origin(options))
-        _check_data(journal, task)
-        _say_changes(journal, task)
-        state = loop.resumed(evolution.strategy, state, journal, out, task.advance)
-        console.say(f"going on with {out} from generation {int(state.generation)}")
-    group.check_same(_facts(options, evolution, task, state))
-    console.say(_intention(options, evolution, task, group))
-    outcome = _run(options, evolution, task, state, journal, out, group)
+    with surroundings.room(options, task.share.size):
+        state = evolution.strategy.init(keys.fold_in_name(key_of(options), "evolution"), evolution.space.start)
+        if journal is None:
+            journal = _begin(options, evolution, task, out, group)
+        else:
+            _check_base(journal, evolution, evolve_flags.origin(options))
+            _check_data(journal, task)
+            _say_changes(options, journal, task)
+            state = loop.resumed(evolution.strategy, state, journal, out, task.advance)
+            console.say(f"going on with {out} from generation {int(state.generation)}")
+        group.check_same(_facts(options, evolution, task, state))
+        console.say(_intention(options, evolution, task, group))
+        outcome = _run(options, evolution, task, state, journal, out, group)
     if outcome.ended == "interrupted":
         console.say(f"stopped after generation {int(outcome.state.generation)}; the same command goes on from there")
         raise KeyboardInterrupt
     if group.first:
-        finish(options, evolution, task, outcome, out, started)
+        run_folder.settle(out)  # where there was nothing to measure
+        with disk.never_made(out), finishing():
+            finish(options, evolution, task, outcome, out, started)
     return 0
 
 
@@ -128,12 +133,14 @@ def _journal(options: EvolveFlags, out: Path) -> Journal | None:
     if options.resume == "never" or not path.exists():
         raise UsageError(f"{out} already holds a run; choose another --out, or --overwrite it")
     journal = journals.read(path)
+    if not (journal.generations or journal.end):
+        return None  # nothing was measured: it may begin as another one
     # A flag that is younger than the journal was what it is where it is not given.
     before = _as_json(EvolveFlags()) | journal.header["flags"]
     now = _as_json(options)
-    changes = [
-        f"--{name} was {before[name]}, is {now[name]}" for name in evolve_flags.FIXED if before[name] != now[name]
-    ]
+    names = evolve_flags.fixed(options)
+    changes = [f"--{name} was {before[name]}, is {now[name]}" for name in names if before[name] != now[name]]
+    changes += surroundings.changed_functions(options, journal.header)
     if changes:
         raise UsageError(f"{out} holds another run ({'; '.join(changes)}); choose another --out, or --overwrite it")
     if journal.cut:
@@ -170,17 +177,16 @@ def _share(options: EvolveFlags, evolution: Evolution, journal: Journal | None, 
 
 def _facts(options: EvolveFlags, evolution: Evolution, task: Task, state: Any) -> dict[str, str]:
     """What has to be the same for every rank. `state` says that all of them read the journal of one folder."""
-    import torch
-
     from functional_lm import tree
 
-    machine = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    machine = surroundings.machine(options)
     return {
-        "version of torch": torch.__version__,
-        "kind of processor, or number of threads,": f"{options.device} {options.compile} {machine}",
+        "version of torch": machine.pop("torch"),
+        "kind of processor, or number of threads,": f"{options.compile} {machine}",
         "set of flags": f"{dataclasses.astuple(options)}",
         "model": evolution.digest,
         "text": task.digest,
+        "function of fitness": f"{surroundings.functions(options)}",
         "chunk size": f"{task.share.size}",
         "state (does it see another --out?)": f"{int(state.generation)} {tree.digest(state.centre)}",
     }
@@ -191,14 +197,10 @@ def _check_data(journal: Journal, task: Task) -> None:
         raise DataError(f"{journal.path} began with another text: the one in --data has changed; --overwrite the run")
 
 
-def _say_changes(journal: Journal, task: Task) -> None:
+def _say_changes(options: EvolveFlags, journal: Journal, task: Task) -> None:
     """What may change the last bits of a run that goes on."""
-    import torch
-
-    now = {"threads": torch.get_num_threads(), "torch": torch.__version__, "chunk": task.share.size}
-    before = {**journal.header, "torch": journal.header["versions"]["torch"]}
-    changes = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-    if changes:
+    now = {**surroundings.machine(options), "chunk": task.share.size}
+    if changes := surroundings.differences(now, journal.header):
         console.say(f"the run began with {'; '.join(changes)}: the last bits of its numbers may differ")
 
 
@@ -215,6 +217,8 @@ def _begin(options: EvolveFlags, evolution: Evolution, task: Task, out: Path, gr
         "flags": flags,
         "digest": evolution.digest,
         "data": task.digest,
+        "functions": surroundings.functions(options),
+        "processor": surroundings.processor(options),
         "threads": torch.get_num_threads(),
         "chunk": task.share.size,
         "ranks": group.count,
@@ -260,7 +264,7 @@ def _run(
     from functional_lm.evolution import loop
     from functional_lm.training.record import Recorder
 
-    first = int(state.generation)
+    first, compiles = int(state.generation), options.compile
 
     def advance(state: Any, number: int) -> Any:
         if number != first or not options.compile or options.strategy != "pbt":
@@ -269,9 +273,10 @@ def _run(
             return task.advance(state, number)
 
     def measure(candidates: Candidates, number: int) -> Tensor:
-        if number != first or not options.compile:
+        nonlocal compiles
+        if not compiles:
             return task.placed(group.together(task.measure(candidates, number)), candidates)
-        alone = options.space not in evolve_flags.TRAINING or options.strategy == "pbt"
+        compiles, alone = False, options.space not in evolve_flags.TRAINING or options.strategy == "pbt"
         with console.announced(f"compiling the population's {'' if alone else 'training and '}evaluation"):
             return task.placed(group.together(task.measure(candidates, number)), candidates)
 
@@ -289,9 +294,13 @@ def _run(
     if not group.first:
         hooks = loop.Hooks(measure, lambda *values: None, agree=agree, hurry=group.hurry)
         return loop.run(strategy, state, journal, plan, hooks, None)
-    run_folder.settle(out)
     with disk.never_made(out), unwritten("the generation was not written"), Recorder(out, first) as recorder:
-        hooks = loop.Hooks(measure, recorder.metrics, validate, advance, task.describe, agree, group.hurry)
+
+        def record(number: int, values: Values) -> None:
+            recorder.metrics(number, values)
+            run_folder.settle(out)  # a fitness may fail until it has measured a generation
+
+        hooks = loop.Hooks(measure, record, validate, advance, task.describe, agree, group.hurry)
         return loop.run(strategy, state, journal, plan, hooks, out)
 
 
@@ -309,6 +318,10 @@ def _replay(options: EvolveFlags) -> int:
     flags: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in journal.header["flags"].items()
     }
+    if unknown := flags.keys() - vars(EvolveFlags()).keys():
+        raise DataError(
+            f"{journal.path} has --{min(unknown)}, which this version does not know; use the one that wrote it"
+        )
     flags |= {name: given for name in ("model", "data") if (given := getattr(options, name)) is not None}
     began = EvolveFlags(**{**flags, "device": options.device if options.device != "auto" else flags["device"]})
     out = Path(options.out) if options.out != EvolveFlags.out else Path(f"{began.out}-replayed")
@@ -334,7 +347,7 @@ def _replay(options: EvolveFlags) -> int:
         evolution.write(temporary, written)
     console.say(
         f"{_done_again(began, len(journal.generations))}, nothing measured; "
-        + ("the weights are those of the run, bit for bit" if same else _unlike(journal, end is not None))
+        + ("the weights are those of the run, bit for bit" if same else _unlike(began, journal, end is not None))
     )
     console.say(f"the {evolution.what} is in {out}; go on with: {evolution.use} {out} --prompt TEXT")
     return 0
@@ -368,16 +381,12 @@ def _trained(
         yield task.advance, task.whole
 
 
-def _unlike(journal: Journal, ended: bool) -> str:
-    import torch
-
+def _unlike(options: EvolveFlags, journal: Journal, ended: bool) -> str:
     if not ended:
         return "the journal does not say how the run ended, so there is nothing to compare with"
-    threads = journal.header["threads"]
-    return (
-        f"the weights differ from the run's in some bits (it had {threads} threads and torch "
-        f"{journal.header['versions']['torch']}; here {torch.get_num_threads()} and {torch.__version__})"
-    )
+    changes = surroundings.differences(surroundings.machine(options), journal.header)
+    why = f" (it had {'; '.join(changes)})" if changes else ""
+    return f"the weights differ from the run's in some bits{why}"
 
 
 COMMAND = Command(

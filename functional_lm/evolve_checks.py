@@ -20,6 +20,8 @@ from functional_lm.evolve_flags import (
 )  # fmt: skip
 from functional_lm.sampling_settings import USUAL
 
+REPLAYED = ("action", "journal", "out", "model", "data", "device", "rank_timeout")  # flags of replay
+
 
 def check(flags: EvolveFlags) -> None:
     """Contradictions, each flag being right by itself. Raises UsageError."""
@@ -28,6 +30,9 @@ def check(flags: EvolveFlags) -> None:
             raise UsageError("--journal belongs to replay: evolve replay JOURNAL")
         if flags.journal is None:
             raise UsageError("evolve replay needs the journal: evolve replay RUN/journal.jsonl --out DIR")
+        for name, usual in vars(EvolveFlags()).items():
+            if name not in REPLAYED and getattr(flags, name) != usual:
+                raise UsageError(f"--{name} is what the journal says; replay takes --out, --model, --data and --device")
         return
     for name in ("data",) if flags.space == "merge" else ("model", "data"):
         if getattr(flags, name) is None:

@@ -41,6 +41,7 @@ FIXED = (
     "models", "method", "groups", "base", "density", "settings",
     "choices", "max_parameters", "equal_compute",
 )  # fmt: skip
+MEASURING = ("eval_batches",)  # fixed too where members train: half of what is held out is their fitness
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,13 @@ class EvolveFlags:
     minutes: float | None = option(None, "wall time, compiling included", above=0, group="Length")
     target: float | None = option(None, "fitness of a member that ends it", group="Length")
     timeout: float = option(
-        0.0, "seconds that scoring a generation may take; 0: no limit; a call into a library that never returns to "
+        600.0, "seconds that scoring a generation may take; 0: no limit; a call into a library that never returns to "
         "Python is not interrupted", low=0, group="Length",
     )  # fmt: skip
     batch_size: int = option(8, "rows (or prompts) that all members of a generation see", low=1, group="Data")
     batches: int | None = option(
-        None, "so many different ones, in turns; 0: one for each generation; if not given 0, but 1 for strategies that "
-        "keep what they measured", low=0, group="Data",
+        None, "so many different ones, in turns; 0: one for each generation; if not given 0, but 1 for --restarts and "
+        "strategies that keep what they measured", low=0, group="Data",
     )  # fmt: skip
     block_size: int | None = option(None, "tokens in a row; the model's max_len if not given", low=1, group="Data")
     val_fraction: float = option(0.05, "share of the data kept for validation", low=0, below=1, group="Data")
@@ -182,16 +183,24 @@ class EvolveFlags:
     compile: bool = option(True, "compile (eager where no C++ compiler is found)", group="Machine")
     seed: int = option(1337, "seed of every random draw", low=0, group="Strategy")
     eval_every: int = option(0, "generations between measurements on what was held out", low=0, group="Records")
-    eval_batches: int = option(20, "batches of them, and of the last one", low=1, group="Records")
+    eval_batches: int = option(
+        20, "batches of them, and of the last one; where members train, of their fitness too", low=1, group="Records"
+    )
     save_every: int = option(10, "generations between checkpoints; 0: at the end only", low=0, group="Records")
     keep: int = option(2, "checkpoints to keep; 0: all", low=0, group="Records")
     resume: str = option("auto", "auto: go on with the run in --out; never", choices=("auto", "never"), group="Records")
     overwrite: bool = option(False, "replace a run that --out already holds", group="Records")
 
 
+def fixed(flags: EvolveFlags) -> tuple[str, ...]:
+    """The flags that make this run what it is."""
+    return FIXED + (MEASURING if flags.space in TRAINING else ())
+
+
 def origin(flags: EvolveFlags) -> str:
     """What is evolved, by its folders."""
-    return str(flags.model) if flags.model is not None else ", ".join(flags.models)
+    folders = flags.models if flags.model is None else filter(None, (flags.model, flags.adapter))
+    return ", ".join(folders)
 
 
 def grid(flags: EvolveFlags) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
@@ -215,8 +224,10 @@ def figures(flags: EvolveFlags) -> tuple[str, ...]:
 
 
 def batches(flags: EvolveFlags) -> int:
-    """How many minibatches there are; 0: no end of them."""
-    return flags.batches if flags.batches is not None else int(flags.strategy in REMEMBERING)
+    """How many minibatches there are; 0: no end of them. What restarts go by compares generations, too."""
+    if flags.batches is not None:
+        return flags.batches
+    return int(flags.strategy in REMEMBERING or flags.restarts != "none")
 
 
 def answers(name: str) -> bool:

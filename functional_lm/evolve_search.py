@@ -35,7 +35,7 @@ class Evolution(NamedTuple):
     model: Model
     space: Space
     strategy: Strategy
-    digest: str  # of the model's parameters
+    digest: str  # of the model's parameters, and of what is evolved where that does not follow from the flags
     write: Callable[[Path, Any], None]  # a folder with what was evolved
     use: str  # the command that goes on with such a folder, without its prompt
     what: str  # "model" or "adapter"
@@ -59,11 +59,12 @@ def evolution_of(options: EvolveFlags) -> Evolution:
     digest = tree.digest(model.params)
     if options.space == "lora":
         space, write = _adapter(options, model, digest)
+        began = digest if options.adapter is None else tree.digest({"model": model.params, "start": space.start})
         return Evolution(
             model,
             space,
             strategy_of(options, space.start),
-            digest,
+            began,
             write,
             f"{GENERATE} {options.model} --adapter",
             "adapter",

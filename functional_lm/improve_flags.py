@@ -31,7 +31,7 @@ class ImproveFlags:
     )  # fmt: skip
     at_once: int = option(64, "answers written at once", low=1, group="Answers")
     timeout: float = option(
-        0.0, "seconds that scoring a round may take; 0: no limit; a call into a library that never returns to "
+        600.0, "seconds that scoring a round may take; 0: no limit; a call into a library that never returns to "
         "Python is not interrupted", low=0, group="Answers",
     )  # fmt: skip
     val_fraction: float = option(0.2, "share of the rows that decide", above=0, below=1, group="Answers")

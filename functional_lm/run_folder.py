@@ -271,15 +271,16 @@ def _set_aside(out: Path) -> None:
 
 
 def settle(out: Path) -> None:
-    """Training begins: what was replaced goes."""
+    """Training begins, or the first generation is measured: what was replaced goes."""
     files.remove(out / REPLACED)
 
 
 def _restore(out: Path) -> None:
-    """A run that was set aside for one that never trained is there again."""
+    """A run that was set aside for one that has no line of records is there again."""
     if not (out / REPLACED).is_dir():
         return
-    if not (out / "metrics.jsonl").exists():
+    lines = out / "metrics.jsonl"
+    if not (lines.exists() and lines.stat().st_size):
         for path in sorted((out / REPLACED).iterdir()):
             files.remove(out / path.name)
             disk.rename(path, out / path.name)

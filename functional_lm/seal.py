@@ -35,7 +35,7 @@ def seal(
         for path in entries
     }
     whole = {"format": format, **notes, "files": listed}
-    files.write_json(folder / name, {**whole, OWN: _own(whole)})
+    files.write_json(folder / name, {**whole, OWN: own(whole)})
 
 
 def read(folder: Path, name: str, format: int) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def read(folder: Path, name: str, format: int) -> dict[str, Any]:
         raise DataError(f"{folder}: {name} is damaged (it is no JSON)") from error
     if not isinstance(notes, dict) or not {"format", "files"} <= notes.keys():
         raise DataError(f"{folder}: {name} is damaged (it holds something else)")
-    intact = notes.pop(OWN, None) == _own(notes)
+    intact = notes.pop(OWN, None) == own(notes)
     if notes["format"] != format:
         later = intact and isinstance(notes["format"], int) and notes["format"] > format
         kind, remedy = (LaterFormat, "; use the version that wrote it") if later else (DataError, "")
@@ -117,5 +117,6 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _own(notes: Mapping[str, Any]) -> str:
+def own(notes: Mapping[str, Any]) -> str:
+    """What tells notes that a fault of the disk has changed from those that were written."""
     return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()

@@ -193,7 +193,7 @@ def _train(
             try:
                 outcome = loop.run(state, job.functions, plan, hooks, stopping)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 raise FunctionalLMError(_advice(flags)) from error
         if stopping():
@@ -295,7 +295,7 @@ def _newest(out: Path) -> str:
 # Trouble and its traces -----------------------------------------------------------------------------------------------
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     import torch
 
     words = ("can't allocate memory", "out of memory", "DefaultCPUAllocator")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_a_store_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeyp
     assert again(None)({"a": torch.ones(3)}, torch.tensor(2.0))[0]["a"].tolist() == [2.0] * 3
 
 
-def test_a_store_that_everybody_may_write_to_is_neither_read_nor_written(store):
+def test_a_store_that_everybody_may_write_to_is_neither_read_nor_written(store, monkeypatch):
     state = {"a": torch.ones(3)}
     again(store)(state, torch.tensor(2.0))
     before = compile_store.loaded()
@@ -163,7 +164,29 @@ def test_a_store_that_everybody_may_write_to_is_neither_read_nor_written(store):
     assert again(store)(state, torch.tensor(3.0))[0]["a"].tolist() == [3.0] * 3
     assert again(store)({"b": torch.ones(2)}, torch.tensor(3.0))[0]["b"].tolist() == [3.0] * 2
     assert compile_store.loaded() == before
-    assert len(list(store.iterdir())) == 1
+    (made,) = store.iterdir()
+    store.chmod(0o755)
+    monkeypatch.setattr(compile_store, "name", lambda function, args: made.stem)
+    monkeypatch.setattr(compile_store, "_read", lambda path: SimpleNamespace(guard_check=lambda *args: True))
+    for mode, read in ((0o644, True), (0o646, False)):
+        made.chmod(mode)
+        assert (compile_store._variant(None, double, (), {}) is not None) == read
+
+
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "ours"),
+    [
+        (7, 7, 0o100664, True),  # a group of the user's own
+        (7, 8, 0o100644, True),
+        (7, 8, 0o100664, False),
+        (7, 7, 0o100646, False),
+        (8, 7, 0o100644, False),
+    ],
+)
+def test_a_program_is_ours_where_nobody_else_can_have_put_it(monkeypatch, owner, group, mode, ours):
+    monkeypatch.setattr("os.getuid", lambda: 7)
+    status = SimpleNamespace(st_uid=owner, st_gid=group, st_mode=mode)
+    assert compile_store.ours(SimpleNamespace(exists=lambda: True, stat=lambda: status)) == ours
 
 
 def test_switching_the_compilers_cache_off_switches_this_one_off(store):

@@ -129,6 +129,15 @@ def test_a_checksum_is_checked(site: Site, cache: Downloads) -> None:
     assert not leftovers(cache)
 
 
+def test_a_checksum_is_that_of_the_bytes_and_not_of_what_was_noted(site: Site, cache: Downloads) -> None:
+    address = f"{site.url}/a.txt#sha256={SHA256}"
+    path = fetch(address, cache)
+    path.write_bytes(BODY[:-1] + b"x")
+    assert fetch(address, cache).read_bytes() == BODY
+    assert fetch(address, cache).read_bytes() == BODY
+    assert len(site.asked) == 2
+
+
 def test_another_checksum_asks_the_server_again(site: Site, cache: Downloads) -> None:
     fetch(f"{site.url}/a.txt", cache)
     site.body = BODY[::-1]

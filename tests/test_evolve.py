@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +18,20 @@ import pytest
 import torch
 from test_board import shown, told
 
-from functional_lm import console, disk, evolve, evolve_flags, files, folder, generate, keys, run_folder, tree
+from functional_lm import (
+    console,
+    disk,
+    evolve,
+    evolve_flags,
+    evolve_result,
+    evolve_surroundings,
+    files,
+    folder,
+    generate,
+    keys,
+    run_folder,
+    tree,
+)
 from functional_lm.cli import main_single
 from functional_lm.errors import DataError
 from functional_lm.evolution import journal as journals
@@ -421,6 +437,19 @@ def test_what_cannot_be_meant_is_one_line(case: str, at: Path, capsys: pytest.Ca
     assert not (at / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("wrong", [None, 3, ["a"], {"a": "b"}, "\ud800"])
+@pytest.mark.parametrize("name", ["prompt", "response"])
+def test_rows_of_something_else_than_text_are_named(
+    name: str, wrong: Any, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "the cat ", "response": "sat"}, {"prompt": "the dog ", "response": "sat", name: wrong}]
+    (at / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evolved(at / "run", "--fitness", "exact", "--max_tokens", "4", data=str(at / "odd.jsonl")) == 1
+    error = capsys.readouterr().err
+    assert "odd.jsonl, line 2: field 'prompt' with 'response' is not text (" in error
+    assert not (at / "run").exists()
+
+
 def test_answers_need_rows(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evolved(at / "run", "--fitness", "exact") == 1
     assert "--data text.txt has no rows of prompt and response" in capsys.readouterr().err
@@ -433,6 +462,36 @@ def test_another_run_is_not_gone_on_with(at: Path, capsys: pytest.CaptureFixture
     assert evolved(at / "run", "--resume", "never") == 2
     assert evolved(at / "run", "--sigma", "0.5", "--overwrite") == 0
     assert journals.read(at / "run" / "journal.jsonl").header["flags"]["sigma"] == 0.5
+
+
+@pytest.mark.parametrize("space", evolve_flags.SPACES)
+def test_what_trained_members_are_measured_on_is_the_runs(space: str) -> None:
+    """Elsewhere the same flag says what is measured beside the run."""
+    fixed = evolve_flags.fixed(evolve_flags.EvolveFlags(space=space))
+    assert set(evolve_flags.FIXED) <= set(fixed)
+    assert ("eval_batches" in fixed) == (space in ("hyper", "architecture"))
+
+
+def test_a_function_that_was_changed_makes_another_run(
+    at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once a generation was measured; before, what fails may be mended. Another processor is said."""
+
+    def scored(value: str, *more: str) -> int:
+        (at / "fairness.py").write_text(f"def score(texts, rows):\n    return [float({value}) for text in texts]\n")
+        sys.modules.pop("fairness", None)
+        importlib.invalidate_caches()
+        named = ["--fitness", "fairness:score", "--max_tokens", "4", "--generations", "1"]
+        return evolved(at / "run", *(named[:-2] if more else named), *more, data="rows.jsonl")
+
+    monkeypatch.syspath_prepend(at)
+    assert scored("'x'") == 1
+    assert scored("len(text)") == 0
+    assert scored("-len(text)", "--generations", "2") == 2
+    assert "holds another run (fairness:score has changed); choose" in capsys.readouterr().err
+    monkeypatch.setattr(evolve_surroundings, "processor", lambda options: "abacus")
+    assert scored("len(text)", "--generations", "2") == 0
+    assert ", now abacus: the last bits of its numbers may differ" in capsys.readouterr().out
 
 
 def test_a_journal_older_than_a_flag_is_gone_on_with(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -464,6 +523,31 @@ def test_a_folder_has_one_run_at_a_time(at: Path, capsys: pytest.CaptureFixture[
         assert f"another process is at work in {at / 'run'}; wait for it" in capsys.readouterr().err
         assert contents(at / "run") == before
     assert not (at / "run" / run_folder.LOCK).exists()
+
+
+@pytest.mark.parametrize("ends", ["refused", "killed"])
+def test_a_run_to_replace_is_there_until_the_new_one_has_measured(
+    ends: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(What is killed tidies nothing up: the next command does.)"""
+    assert evolved(at / "run", data="rows.jsonl") == 0
+    before = contents(at / "run")
+    if ends == "refused":
+        assert (
+            evolved(at / "run", "--overwrite", "--fitness", "scores:fails", "--max_tokens", "4", data="rows.jsonl") == 1
+        )
+        assert capsys.readouterr().err == "error: the fitness scores:fails raised ValueError: on purpose\n"
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "told", lambda *_: sys.exit(137))
+            with pytest.raises(SystemExit):
+                evolved(at / "run", "--overwrite", "--sigma", "0.5", data="rows.jsonl")
+        assert evolved(at / "run", "--resume", "never", data="rows.jsonl") == 2
+    assert contents(at / "run") == before
+    for generations, more in ((1, []), (0, ["--evaluations", "1"])):
+        assert evolved(at / "run", "--overwrite", "--generations", "1", *more, data="rows.jsonl") == 0
+        assert not (at / "run" / run_folder.REPLACED).exists()
+        assert len(journals.read(at / "run" / "journal.jsonl").generations) == generations
 
 
 def test_a_folder_of_something_else_is_left_as_it_is(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -537,6 +621,51 @@ def test_compiled_runs_of_several_processes_are_one(at: Path) -> None:
     assert weights_of(at / "again") == weights_of(at / "whole")
 
 
+@pytest.mark.parametrize(("error", "code"), [(RuntimeError("g++ was killed"), 130), (DataError("no number"), 1)])
+def test_a_signal_that_ends_the_compiler_too_is_an_interruption_and_no_error(
+    error: Exception, code: int, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the package has to say is said all the same. The next call goes on."""
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("functional_lm.evolution.population.chunks", signalled)
+        assert evolved(at / "run") == code
+    assert capsys.readouterr().err == ("interrupted\n" if code == 130 else "error: no number\n")
+    assert evolved(at / "run") == 0
+
+
+def test_where_memory_is_short_it_is_said_what_needs_less(
+    at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is written where it is known, and else when it happens."""
+    full, genetic = at / "full", ["--strategy", "genetic", "--space", "full"]
+    with monkeypatch.context() as patch:
+        patch.setattr("functional_lm.evolution.memory.free_memory", lambda device: 1 << 20)
+        assert evolved(full, *genetic, "--population", "1000000") == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: --population 1000000: genetic holds ")
+        assert "and 1 MiB are free; --population " in said
+        fits = said.split("; --population ")[1].split(" ")[0]
+        assert not full.exists()
+        assert evolved(full, *genetic, "--population", fits, "--generations", "1") == 0
+
+    def short(*arguments: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("functional_lm.evolution.population.chunks", short)
+        assert evolved(at / "run") == 1
+    assert capsys.readouterr().err == (
+        "error: out of memory with 4 members, 4 at once; --chunk_size 2 goes on with fewer of them; a new run needs "
+        "less with a smaller --batch_size or --population, or --noise regenerated\n"
+    )
+    assert evolved(at / "run", "--chunk_size", "2") == 0
+
+
 # The journal ----------------------------------------------------------------------------------------------------------
 
 
@@ -596,6 +725,22 @@ def test_a_journal_belongs_to_its_base(at: Path, capsys: pytest.CaptureFixture[s
     assert "began with another model" in capsys.readouterr().err
 
 
+def test_a_journal_belongs_to_the_adapter_that_it_began_with(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """(Its folder may be written again meanwhile: the name says nothing.)"""
+    for name, seed in (("adapter", "1"), ("other", "2")):
+        assert evolved(at / name, "--seed", seed, "--generations", "1") == 0
+    assert evolved(at / "run", "--adapter", at / "adapter") == 0
+    replay = ["replay", at / "run" / "journal.jsonl", "--out", at / "again"]
+    assert call(*replay) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    shutil.rmtree(at / "adapter")
+    (at / "other").rename(at / "adapter")
+    assert evolved(at / "run", "--adapter", at / "adapter", "--generations", "4") == 1
+    assert call(*replay[:-1], at / "third") == 1
+    error = capsys.readouterr().err
+    assert error.count("began with another model") == error.count(f"than the one in model, {at / 'adapter'} (") == 2
+
+
 def test_a_replay_that_trains_needs_the_text_of_the_run(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (at / "moved.txt").write_text(WORDS)
     (at / "other.txt").write_text(WORDS + "and on\n")
@@ -614,6 +759,26 @@ def test_a_replay_that_trains_needs_the_text_of_the_run(at: Path, capsys: pytest
     assert call(*replay, "--data", at / "here.txt") == 0
     assert "bit for bit" in capsys.readouterr().out
     assert weights_of(at / "again") == weights_of(at / "run")
+
+
+def test_replay_takes_the_journals_flags_and_no_others(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And none of which this version knows nothing."""
+    assert evolved(at / "run", "--generations", "1") == 0
+    path = at / "run" / "journal.jsonl"
+    for more, name in (
+        (["--population", "77"], "population"),
+        (["--overwrite"], "overwrite"),
+        (["--seed", "1"], "seed"),
+    ):
+        assert call("replay", path, "--out", at / "again", *more) == 2
+        assert f"error: --{name} is what the journal says; replay takes --out," in capsys.readouterr().err
+    old = journals.read(path)
+    header = {name: value for name, value in old.header.items() if name not in ("format", "kind")}
+    header["flags"]["telepathy"] = 0.5
+    journals.begin(old.path, header)
+    assert call("replay", path, "--out", at / "again") == 1
+    assert f"{path} has --telepathy, which this version does not know" in capsys.readouterr().err
+    assert not (at / "again").exists()
 
 
 def test_replay_says_what_it_lacks(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -656,6 +821,7 @@ def test_every_flag_is_the_runs_or_the_callers() -> None:
         "action", "journal", "out", "generations", "evaluations", "minutes", "target", "timeout", "chunk_size",
         "device", "rank_timeout", "eval_every", "eval_batches", "save_every", "keep", "resume", "overwrite",
     }  # fmt: skip
+    assert set(evolve_flags.MEASURING) <= free
     assert free | set(evolve_flags.FIXED) == {field.name for field in dataclasses.fields(evolve_flags.EvolveFlags)}
 
 
@@ -675,3 +841,29 @@ def test_a_folder_that_goes_is_not_made_again(name: str, at: Path, capsys: pytes
     assert said.startswith("error: the generation was not written (")
     assert "the same command goes on from there" in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize("how", ["full", "gone"])
+def test_what_is_evolved_and_cannot_be_written_is_not_lost(
+    how: str, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = at / "run"
+
+    def full(operation: disk.Operation) -> Any:
+        if operation.path.name.endswith("summary.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(operation.path))
+        return operation.act(1.0)
+
+    def gone(*arguments: Any) -> None:
+        shutil.rmtree(out)
+        evolve_result.finish(*arguments)
+
+    with monkeypatch.context() as patch, disk.watched_by(full if how == "full" else lambda one: one.act(1.0)):
+        if how == "gone":
+            patch.setattr(evolve, "finish", gone)
+        assert evolved(out) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the model was not written (")
+    assert "; the same command goes on from the last checkpoint when the disk is well again" in said
+    assert out.exists() == (how == "full")
+    assert evolved(out) == 0

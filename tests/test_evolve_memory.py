@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from functional_lm import keys, tree
 from functional_lm.evolution import eggroll, fitness, genetic, gradient, memory, openai
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_search import own_numbers
+from functional_lm.evolve_search import own_numbers, strategy_of
 from functional_lm.inference import cache as kv
 from functional_lm.model.config import ModelConfig
 
@@ -69,6 +69,31 @@ def test_a_members_own_are_the_bytes_of_its_leaves(name: str) -> None:
     scales = sum(4 for leaf in flat if leaf.endswith("lora_scale"))
     assert 4 * own_numbers(EvolveFlags(strategy=name, rank=2), params) == bytes_of(tree.unflatten(flat)) - scales
     assert (scales > 0) == (name == "eggroll")
+
+
+@pytest.mark.parametrize("name", memory.COPIES)
+def test_what_a_strategy_holds_of_all_members_it_holds_at_least(name: str) -> None:
+    """Between its state with what it asks, and all that there is at once: what memory holds is never refused."""
+    start = {"a": torch.ones(9, 8), "b": torch.ones(7)}
+    grid = {"bins": "2", "ranges": ("0:1",), "descriptor": ("loss",)} if name == "map-elites" else {}
+    fitness = "loss,bits" if name == "nsga2" else "loss"
+
+    def found(population: int) -> tuple[int, int]:
+        strategy = strategy_of(EvolveFlags(strategy=name, population=population, fitness=fitness, **grid), start)
+        shape = (population, strategy.figures) if strategy.figures > 1 else (population,)
+        state = strategy.init(keys.key(0), start)
+        kept = bytes_of(state) + bytes_of(strategy.ask(state).own)
+        with Live() as live:
+            after = strategy.tell(tree.copy(state), keys.uniform(keys.key(1), shape))
+            strategy.ask(after)
+        return kept, live.most
+
+    (less, low), (more, high) = found(12), found(20)
+    numbers = own_numbers(EvolveFlags(strategy=name), start)
+    held = memory.held(name, 20, numbers) - memory.held(name, 12, numbers)
+    assert held <= high - low
+    if name not in ("mezo", "eggroll", "genetic"):  # keys; a scale for each matrix; what it asks is its state
+        assert more - less <= held + 8 * 2 * 8  # fitness beside it
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +220,19 @@ ROWS = [{"prompt": "1+1=", "response": "2"}, {"prompt": "2+2=", "response": " 4\
 def test_scores_are_means_over_the_rows() -> None:
     found = answers.scored([["2", "4"], ["2", "5"], [" 2 ", ""]], ROWS, answers.exact_match, "exact")
     assert found.tolist() == [1.0, 0.5, 0.5]
+
+
+def test_a_score_gets_rows_of_its_own() -> None:
+    """What it does to them is seen by no other member, and in no other generation."""
+
+    def counting(texts: list[str], given_rows: list[dict[str, Any]]) -> list[float]:
+        given_rows[0]["seen"].append(1)
+        given_rows[0]["response"] = ""
+        return [float(len(given_rows[0]["seen"]))] * len(texts)
+
+    asked = [{"response": "2", "seen": []}]
+    assert answers.scored([["a"], ["b"], ["c"]], asked, counting, "counting").tolist() == [1.0, 1.0, 1.0]
+    assert asked == [{"response": "2", "seen": []}]
 
 
 def short(texts: list[str], given_rows: list[dict[str, str]]) -> list[float]:

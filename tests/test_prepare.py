@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functional_lm
+from functional_lm import files
 from functional_lm import prepare as commands
 from functional_lm.cli import main_single
 from functional_lm.errors import DataError
@@ -179,6 +181,20 @@ def test_a_dataset_is_made_again_when_anything_changed(bpe: Tokenizer, tmp_path:
     (tmp_path / "out.bin").write_bytes(b"")
     assert not reused(tokens=other)
     dataset.verify(dataset.open_dataset(out, other))
+
+
+@pytest.mark.parametrize("change", [{"tokens": "x"}, {"bytes": 0}, {"documents": 7}])
+def test_a_note_that_is_not_as_it_was_written_is_not_believed(
+    change: dict[str, Any], bpe: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("some text", encoding="utf-8")
+    first = prepare.prepare(str(tmp_path / "a.txt"), tmp_path / "out", bpe)
+    note = files.read_json(tmp_path / "out.json")
+    note["summary"] |= change
+    files.write_json(tmp_path / "out.json", note)
+    again = prepare.prepare(str(tmp_path / "a.txt"), tmp_path / "out", bpe)
+    assert dataclasses.replace(again, seconds=first.seconds) == first
+    assert prepare.prepare(str(tmp_path / "a.txt"), tmp_path / "out", bpe).reused
 
 
 def test_prepare_that_fails_leaves_nothing(bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,20 @@ Axes: P members of a part, D numbers.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from test_covariance import descend, rastrigin
 from torch import Tensor
 
-from functional_lm import keys, tree
+from functional_lm import evolve_flags, keys, tree
 from functional_lm.errors import UsageError
-from functional_lm.evolution import cma, restarts, vector
+from functional_lm.evolution import cma, loop, restarts, vector
+from functional_lm.evolution import journal as journals
 from functional_lm.evolution.restarts import FIRST, LARGE, SMALL, State
+from functional_lm.evolution.strategy import Candidates
+from functional_lm.evolve_flags import EvolveFlags
 
 FLAT = torch.zeros(16)
 
@@ -94,6 +98,23 @@ def test_a_generation_in_parts_is_one_of_the_larger_population() -> None:
     for one, other in zip(tree.leaves(told.distribution), tree.leaves(wanted)):
         torch.testing.assert_close(one, other)
     assert float(told.run.best[-1]) == float(torch.cat([fitness, more]).nan_to_num(-math.inf).max())
+
+
+def test_parts_of_a_generation_are_measured_on_one_minibatch() -> None:
+    """(14 generations of one part, then some of two.) They are ranked together; criteria compare generations."""
+    strategy, state = begun()
+    asked: list[int] = []
+
+    def measure(candidates: Candidates, number: int) -> Tensor:
+        asked.append(number)
+        return FLAT
+
+    journal = journals.Journal(Path("journal.jsonl"), {}, [], None, "", 0, False)
+    loop.run(strategy, state, journal, loop.Plan(18), loop.Hooks(measure, lambda *_: None), None)
+    assert asked == [*range(14), 14, 14, 16, 16]
+    assert evolve_flags.batches(EvolveFlags(strategy="cma-es")) == 0
+    assert evolve_flags.batches(EvolveFlags(strategy="cma-es", restarts="ipop")) == 1
+    assert evolve_flags.batches(EvolveFlags(strategy="cma-es", restarts="ipop", batches=3)) == 3
 
 
 def test_a_state_in_the_middle_of_a_generation_survives_the_disk(tmp_path: object) -> None:

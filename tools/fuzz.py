@@ -126,6 +126,8 @@ def parsers(root: Path) -> list[Parser]:
         "sharegpt.jsonl": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
         "pairs.jsonl": [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2,
         "metrics.jsonl": [{"step": i, "loss": 1.5} for i in range(4)],
+        "prompts.jsonl": [{"prompt": "a", "id": 1, "top_k": 3, "stop": ["b"]}, {"prompt": "a", "seed": 2}],
+        "questions.jsonl": [{"prompt": "a", "response": "b", "more": [1]}] * 3,
     }
     for name, lines in rows.items():
         (root / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -181,6 +183,8 @@ def parsers(root: Path) -> list[Parser]:
         Parser("metrics", root / "metrics.jsonl", lambda path: record.read(path)),
         *packed(root, text, texts),
         *records(root),
+        *asked(root),
+        *noted(root),
         Parser("shards", shards(root / "shards", root / "theirs"), lambda path: hugging_face.examine(path.parent)),
         Parser(
             "tokenizer_config.json",
@@ -210,6 +214,56 @@ def packed(root: Path, text: Sequence[str], texts: Callable[[Path], object]) -> 
         Parser("gzip", root / "text.txt.gz", texts),
         Parser("zstandard", root / "text.txt.zst", texts),
         Parser("parquet", root / "text.parquet", texts),
+    ]
+
+
+def asked(root: Path) -> list[Parser]:
+    """Rows that a model is to answer."""
+    from functional_lm import batch, folder, keys, sampling_settings
+    from functional_lm.evolution import task
+    from functional_lm.generate import GenerateFlags
+    from functional_lm.text import corpus
+
+    model = folder.load(root / "model")
+
+    def prompts(path: Path) -> None:
+        for row, how in batch.read(str(path), GenerateFlags(model="m", **sampling_settings.USUAL)):
+            batch.asked(row, how, model.tokenizer)
+
+    def questions(path: Path) -> None:
+        found = corpus.find(str(path))
+        if task.is_rows(found):
+            made = task.questions(found, model, 0.5, 0, False, 1)
+            task.read(made, made.train, model.tokenizer, task.longest(made, model.tokenizer), keys.key(0).device)
+
+    return [
+        Parser("prompts", root / "prompts.jsonl", prompts),
+        Parser("questions", root / "questions.jsonl", questions),
+    ]
+
+
+def noted(root: Path) -> list[Parser]:
+    """What is noted of a dataset and of a download: all of it is believed, or nothing."""
+    from functional_lm import files, seal
+    from functional_lm.text import download, prepare
+    from functional_lm.text import tokenizer as tokenizers
+
+    words, note, file = tokenizers.train((), "bytes"), root / "noted.json", root / "downloaded" / "text.txt"
+    files.write_text(file, "some text")
+    known = [prepare.prepare(str(file), root / "noted", words, progress=False) for _ in range(2)][1]
+    inputs = {name: files.read_json(note)[name] for name in ("recipe", "files", "tokenizer", "deduplicate")}
+    files.write_json(file.parent / "record.json", {"address": "a", "sha256": seal.sha256(file), "size": 9})
+
+    def kept(path: Path) -> None:
+        assert prepare._kept(path, inputs, words) in (None, known)
+
+    def cached(path: Path) -> None:
+        download._is_cached(file, path, None)
+        assert not download._is_cached(file, path, "0" * 64)
+
+    return [
+        Parser("dataset note", note, kept),
+        Parser("record.json", file.parent / "record.json", cached),
     ]
 
 

@@ -13,6 +13,7 @@ Axes: P members, C members of a chunk, N prompts, T tokens of a prompt, M tokens
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import signal
@@ -205,7 +206,7 @@ def named(name: str) -> Score:
 def values_of(answers: Sequence[str], rows: Sequence[Row], score: Score, name: str) -> list[float]:
     """The score of each answer. Raises DataError where the function raises, exits or returns something else."""
     try:
-        found: Any = score(list(answers), list(rows))
+        found: Any = score(list(answers), copy.deepcopy(list(rows)))  # which are those of other members too
         if isinstance(found, Iterator):  # a generator runs only here
             found = list(found)
     except (KeyboardInterrupt, _Late):

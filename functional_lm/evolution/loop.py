@@ -23,7 +23,7 @@ from functional_lm.evolution import strategy as common
 from functional_lm.evolution.journal import Journal
 from functional_lm.evolution.strategy import Candidates, Strategy
 from functional_lm.training import checkpoint as checkpoints
-from functional_lm.training.loop import stopping_by_signal
+from functional_lm.training.loop import compilers_end_with_us, stopping_by_signal
 from functional_lm.training.record import Values
 from functional_lm.training.saving import Verified
 
@@ -48,7 +48,7 @@ class Plan:
 class Hooks(NamedTuple):
     """What the loop asks of the world outside."""
 
-    measure: Callable[[Candidates, int], Tensor]  # the fitness [P] of a generation's candidates
+    measure: Callable[[Candidates, int], Tensor]  # the fitness [P] of candidates on a minibatch
     record: Callable[[int, Values], None]
     validate: Callable[[Any], Mapping[str, float]] = lambda state: {}
     advance: Callable[[Any, int], Any] = lambda state, number: state  # what a generation does before it is measured
@@ -102,8 +102,9 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
                 outcome.ended = ended
                 break
             began = time.perf_counter()
-            measured = hooks.advance(outcome.state, number)
-            fitness = hooks.measure(strategy.ask(measured), number).float().cpu()
+            with compilers_end_with_us(stopping):
+                measured = hooks.advance(outcome.state, number)
+                fitness = hooks.measure(strategy.ask(measured), strategy.batch(measured)).float().cpu()
             if fitness.shape != (shape := common.shape_of_fitness(strategy)):
                 raise DataError(f"the fitness has the shape {tuple(fitness.shape)}, not {shape}")
             fitness = torch.where(torch.isfinite(fitness), fitness, math.nan)

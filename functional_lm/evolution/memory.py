@@ -24,6 +24,20 @@ CGROUPS = {
 }
 
 
+# How often a strategy holds the numbers of all members at once, at least: in its state, as it asks and as it tells.
+# In float32; two strategies compute in float64.
+COPIES = {
+    "eggroll": 1, "openai-es": 1, "mezo": 0, "snes": 2, "sep-cma-es": 2, "xnes": 4, "cma-es": 4, "genetic": 2,
+    "differential-evolution": 3, "pso": 6, "nsga2": 5, "map-elites": 1,
+}  # fmt: skip
+
+
+def held(strategy: str, population: int, numbers: int, regenerated: bool = False, cells: int = 0) -> int:
+    """Bytes of the members of a population that have so many numbers each, and of what a strategy keeps in cells."""
+    copies = 0 if regenerated else COPIES[strategy]
+    return 4 * numbers * (copies * population + 3 * cells)
+
+
 def member_bytes(config: ModelConfig, tokens: int, own: int, dtype: torch.dtype, writes: bool = False) -> int:
     """Bytes that one more member takes while it is computed: its own leaves, widest activations, logits.
 

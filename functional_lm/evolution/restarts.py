@@ -138,7 +138,12 @@ def restarting(
         centre = vector.unravel(distribution.mean, state.centre)
         return state._replace(centre=centre, distribution=distribution, run=run)
 
-    return Strategy(name, population, init, ask, tell, told=figures)
+    return Strategy(name, population, init, ask, tell, told=figures, batch=first_part)
+
+
+def first_part(state: State) -> int:
+    """The number of the part that the present generation began with."""
+    return int(state.generation - state.run.told)
 
 
 def figures(state: State) -> dict[str, float]:

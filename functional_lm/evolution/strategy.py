@@ -69,10 +69,15 @@ def nothing(state: Any) -> dict[str, float]:
     return {}
 
 
+def generation_of(state: State) -> int:
+    return int(state.generation)
+
+
 class Strategy(NamedTuple):
     """The functions of one strategy. `dense` makes plain leaves of what `ask` gave for one member.
 
-    With more than one figure, fitness is [P, figures]. `told` are numbers about a state for its records.
+    With more than one figure, fitness is [P, figures]. `told` are numbers about a state for its records. What is
+    measured at states of the same `batch` is ranked together, and on the same minibatch.
     """
 
     name: str
@@ -84,6 +89,7 @@ class Strategy(NamedTuple):
     dense: Callable[[Candidates, int], Tree] = plain
     figures: int = 1
     told: Callable[[Any], dict[str, float]] = nothing
+    batch: Callable[[Any], int] = generation_of
 
 
 def unmoved(population: int = 1) -> Strategy:

@@ -25,7 +25,7 @@ from functional_lm.evolution import answers, fitness
 from functional_lm.evolution.answers import Row
 from functional_lm.folder import Model
 from functional_lm.model.transformer import IGNORED
-from functional_lm.text import chat, dataset, prepare, readers, supervised
+from functional_lm.text import chat, dataset, prepare, readers, rows, supervised
 from functional_lm.text.corpus import Corpus
 from functional_lm.text.tokenizer import Tokenizer
 
@@ -105,6 +105,7 @@ def questions(found: Corpus, model: Model, val_fraction: float, seed: int, as_ch
         for row, where in readers.rows(path):
             if not {"prompt", "response"} <= row.keys():
                 raise DataError(f"{where}: no 'prompt' with 'response' among {sorted(row)}")
+            rows.document({name: row[name] for name in ("prompt", "response")}, where)  # refuses what is no text
             size = len(encode(row))
             if size + answer > longest:
                 raise DataError(

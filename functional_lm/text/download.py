@@ -4,7 +4,8 @@
 
 The fragment, never sent, is the checksum that the file must have. In the cache a file lies under its own name in a
 folder named by the address, beside `record.json` (address, sha256, size). What lies there is used without asking the
-server again; remove the folder to get a newer version.
+server again, as long as its length is what it was (and its checksum, where one was given); remove the folder to get a
+newer version.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from urllib.parse import quote, unquote, urldefrag, urlsplit
 
 from tqdm import tqdm
 
-from functional_lm import files
+from functional_lm import files, seal
 from functional_lm.errors import DataError, UsageError
 from functional_lm.files import Journal
 
@@ -114,7 +115,8 @@ def _name(address: str) -> str:
 def _is_cached(path: Path, record: Path, checksum: str | None) -> bool:
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = files.read_json(record)
-        return path.stat().st_size == known["size"] and checksum in (None, known["sha256"])
+        whole = bool(path.stat().st_size == known["size"])
+        return whole and checksum in (None, known["sha256"]) and checksum in (None, seal.sha256(path))
     return False
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from functional_lm import files
+from functional_lm import files, seal
 from functional_lm.errors import DataError
 from functional_lm.text import corpus, document, readers, storage, tokenizer
 from functional_lm.text.corpus import Corpus, Place
@@ -120,7 +120,8 @@ def prepare(
     seconds = time.perf_counter() - started
     summary = Summary(writer.documents, writer.tokens, done.bytes, seconds, done.duplicates, done.passed_over)
     made = storage.open_dataset(out, tokenizer)
-    files.write_json(record, {"source": found.source, **inputs, "dataset": made.digest, "summary": asdict(summary)})
+    note = {"source": found.source, **inputs, "dataset": made.digest, "summary": asdict(summary)}
+    files.write_json(record, {**note, seal.OWN: seal.own(note)})
     return summary
 
 
@@ -138,15 +139,17 @@ def is_own(found: Corpus, out: str | Path, tokenizer: Tokenizer, deduplicate: bo
 
 
 def _kept(record: Path, inputs: dict[str, Any], tokenizer: Tokenizer) -> Summary | None:
-    """The summary of an earlier run, if its inputs and its result are still what they were."""
+    """The summary of an earlier run, if its inputs, its result and its note are still what they were."""
     try:
         earlier = files.read_json(record)
+        if earlier.pop(seal.OWN) != seal.own(earlier):
+            return None
         found = storage.open_dataset(record.with_suffix(""), tokenizer)
         storage.verify(found)
         same = all(earlier[name] == value for name, value in inputs.items())
         if same and earlier["dataset"] == found.digest:
             return Summary(**{**earlier["summary"], "reused": True})
-    except (OSError, ValueError, KeyError, TypeError, DataError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         pass
     return None
 

@@ -149,7 +149,7 @@ def run(
         outcome.ended = ended
         return outcome
     with (
-        _compilers_end_with_us(stopping),
+        compilers_end_with_us(stopping),
         console.announced("compiling the training step", quiet=not plan.compile) as compiling_clock,
     ):
         outcome.state, report = step(outcome.state, done)
@@ -195,10 +195,15 @@ def run(
 
 
 @contextmanager
-def _compilers_end_with_us(stopping: Callable[[], bool]) -> Iterator[None]:
-    """A signal to all processes of a terminal or a container ends the C++ compiler in the middle of its work."""
+def compilers_end_with_us(stopping: Callable[[], bool]) -> Iterator[None]:
+    """A signal to all processes of a terminal or a container ends the C++ compiler in the middle of its work.
+
+    What the package itself has to say is said. Raises KeyboardInterrupt.
+    """
     try:
         yield
+    except FunctionalLMError:
+        raise
     except Exception as error:
         if stopping():
             raise KeyboardInterrupt from error

@@ -1,0 +1,77 @@
+"""What a run of `evolve` depends on beside its flags, its model and its text: functions of others, the machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from functional_lm import evolve_flags
+from functional_lm.errors import FunctionalLMError
+from functional_lm.evolve_flags import EvolveFlags
+
+
+def functions(options: EvolveFlags) -> dict[str, str]:
+    """The sha256 of the file of each function that a figure names: the name does not say what it computes.
+
+    What that file imports is not looked at. Raises UsageError for one that cannot be imported.
+    """
+    from functional_lm import seal
+    from functional_lm.evolution import answers
+
+    found: dict[str, str] = {}
+    for name in filter(lambda name: ":" in name, evolve_flags.figures(options)):
+        answers.named(name)
+        file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+        found[name] = seal.sha256(Path(file)) if file else ""
+    return found
+
+
+def changed_functions(options: EvolveFlags, header: Mapping[str, Any]) -> list[str]:
+    """Those that were others when the journal with this header began."""
+    before = header.get("functions", {})
+    return [f"{name} has changed" for name, now in functions(options).items() if before.get(name, now) != now]
+
+
+def processor(options: EvolveFlags) -> str:
+    """What rounds in its own way: the kind of device, and of the CPU the widest of its vectors that torch uses."""
+    import torch
+
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def machine(options: EvolveFlags) -> dict[str, Any]:
+    """What the last bits of floats depend on."""
+    import torch
+
+    return {"processor": processor(options), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def differences(now: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:
+    """Of these facts and those in a journal's header: `threads 2, now 1`."""
+    before = {**header, "torch": header["versions"]["torch"]}
+    return [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+
+
+@contextmanager
+def room(options: EvolveFlags, at_once: int) -> Iterator[None]:
+    """Where memory does not hold what is computed, what needs less is said. Raises FunctionalLMError."""
+    from functional_lm.trainer import out_of_memory
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fewer = at_once > 1 and options.strategy != "pbt"
+        now = f"--chunk_size {at_once // 2} goes on with fewer of them; " if fewer else ""
+        stored = options.strategy in evolve_flags.ESTIMATING and options.noise == "stored"
+        raise FunctionalLMError(
+            f"out of memory with {options.population} members, {at_once} at once; {now}a new run needs less "
+            f"with a smaller --batch_size or --population{', or --noise regenerated' if stored else ''}"
+        ) from error
