@@ -273,7 +273,8 @@ def chunk_of(options: EvolveFlags, evolution: Evolution, tokens: int) -> int:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     numbers, free = own_numbers(options, evolution.space.start), memory.free_memory(device)
     writes = any(map(evolve_flags.answers, evolve_flags.figures(options)))
-    own = 4 * (numbers + evolution.space.makes)
+    copy = dtype.itemsize if dtype.itemsize < 4 else 0  # what is computed with
+    own = (4 + copy) * numbers + 4 * evolution.space.makes
     each = memory.member_bytes(evolution.model.config, tokens, own, dtype, writes)
 
     def held(population: int) -> int:

@@ -7,11 +7,10 @@ single operation is one of `disk.py`, where a test can make it fail.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -21,11 +20,9 @@ from functional_lm.disk import make_folder, remove, sync
 from functional_lm.errors import DataError, UsageError
 
 __all__ = [
-    "Journal",
     "append",
     "beside",
     "discard",
-    "journal",
     "locked",
     "make_folder",
     "parse_json",
@@ -33,11 +30,11 @@ __all__ = [
     "refuse_existing",
     "remove",
 ]
-__all__ += ["replace", "safetensors_header", "sweep", "sync", "write_json", "write_text", "write_with", "writing"]
-__all__ += ["writing_folder"]
+__all__ += ["replace", "safetensors_header", "sweep", "sweep_beside", "sync", "write_json", "write_text", "write_with"]
+__all__ += ["writing", "writing_folder"]
 
 TEMPORARY, UNFINISHED = ".tmp-", ".part-"
-LEFT_OVER = re.compile(re.escape(TEMPORARY) + r"(old-)?\d+-(.+)", re.DOTALL)
+LEFT_OVER = re.compile(re.escape(TEMPORARY) + r"(?P<old>old-)?(?P<process>\d+)-(?P<name>.+)", re.DOTALL)
 
 
 def beside(path: Path) -> Path:
@@ -64,22 +61,56 @@ def sweep(folder: Path) -> None:
 
     A folder that was about to be replaced, and has not been, gets its name back.
     """
-    for path in sorted(folder.rglob(f"{TEMPORARY}*"), reverse=True):  # "old-" before the rest
+    _sweep(folder.rglob(f"{TEMPORARY}*"), lambda match: True)
+
+
+def sweep_beside(path: Path) -> None:
+    """The same for what processes that are gone left of `path` alone; where the disk does not let it go, it stays."""
+    with suppress(OSError):
+        _sweep(
+            path.parent.glob(f"{TEMPORARY}*"),
+            lambda match: match["name"] == path.name and not _lives(int(match["process"])),
+        )
+
+
+def _sweep(found: Iterable[Path], meant: Callable[[re.Match[str]], bool]) -> None:
+    for path in sorted(found, reverse=True):  # "old-" before the rest
         match = LEFT_OVER.fullmatch(path.name)
-        if match is None or not path.exists():
+        if match is None or not meant(match) or not path.exists():
             continue
-        if match[1] and not (path.parent / match[2]).exists():
-            replace(path, path.parent / match[2])
+        if match["old"] and not (path.parent / match["name"]).exists():
+            replace(path, path.parent / match["name"])
         else:
             remove(path)
+
+
+def _lives(process: int) -> bool:
+    """Whether another process of this machine has the number; this one, which has come here again, does not count."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":  # where to ask is to end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _begun(path: Path) -> Path:
+    """The temporary name under which `path` is about to be written, in a folder that is there."""
+    make_folder(path.parent)
+    sweep_beside(path)
+    return beside(path)
 
 
 @contextmanager
 def writing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it is synced and takes its name, on failure it is removed."""
     path = Path(path)
-    make_folder(path.parent)
-    temporary = beside(path)
+    temporary = _begun(path)
     try:
         with disk.create(temporary, mode) as file:
             yield file
@@ -99,6 +130,7 @@ def _tidy(path: Path) -> None:
 def refuse_existing(out: str | Path) -> None:
     """Raise UsageError unless there is nothing at `out`, or an empty folder."""
     out = Path(out)
+    sweep_beside(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists; remove it or choose another place")
 
@@ -111,8 +143,7 @@ def writing_folder(path: str | Path) -> Iterator[Path]:
     temporary name, never nowhere.
     """
     path = Path(path)
-    make_folder(path.parent)
-    temporary, old = beside(path), path.parent / f"{TEMPORARY}old-{os.getpid()}-{path.name}"
+    temporary, old = _begun(path), path.parent / f"{TEMPORARY}old-{os.getpid()}-{path.name}"
     remove(temporary)
     try:
         make_folder(temporary)
@@ -136,8 +167,7 @@ def writing_folder(path: str | Path) -> Iterator[Path]:
 def write_with(path: str | Path, write: Callable[[Path], None]) -> None:
     """For libraries that insist on a path: `write(temporary)`, then sync and rename."""
     path = Path(path)
-    make_folder(path.parent)
-    temporary = beside(path)
+    temporary = _begun(path)
     try:
         disk.write_foreign(temporary, write)
         sync(temporary)
@@ -216,89 +246,6 @@ def safetensors_header(path: str | Path) -> dict[str, dict[str, Any]]:
     if not intact or 8 + length + end != whole:
         raise DataError(f"{path} is not a whole safetensors file; write or copy it again")
     return tensors
-
-
-# Work that goes on after a kill ---------------------------------------------------------------------------------------
-
-
-class Journal:
-    """Append-only files in a folder, and a note of how far they are valid: what a killed writer goes on from.
-
-    `memory` is what the last `commit` noted (JSON, not None): None in a fresh one, or where the note was made for
-    another `key` or no longer fits the files.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self._key = folder, key
-        self.memory: Any = None
-        self._lengths: dict[str, int] = {}
-        self._streams: dict[str, IO[bytes]] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            note = read_json(folder / "journal.json")
-            intact = note.pop("check") == _check(note)
-            held = all((folder / name).stat().st_size >= length for name, length in note["lengths"].items())
-            if intact and note["key"] == key and held:
-                self.memory, self._lengths = note["memory"], note["lengths"]
-
-    def open(self, name: str) -> IO[bytes]:
-        """A file of the folder to read and to write, cut to its valid length, at its end."""
-        stream: IO[bytes] = disk.create(self.folder / name, "a+b" if name in self._lengths else "w+b")
-        stream.truncate(self._lengths.get(name, 0))
-        stream.seek(0, os.SEEK_END)
-        self._streams[name] = stream
-        return stream
-
-    def commit(self, memory: Any) -> None:
-        """What is written by now is valid, and `memory` belongs to it."""
-        for stream in self._streams.values():
-            disk.sync_file(stream)
-        self._lengths = {name: os.fstat(stream.fileno()).st_size for name, stream in self._streams.items()}
-        note = {"key": self._key, "lengths": self._lengths, "memory": memory}
-        write_json(self.folder / "journal.json", {**note, "check": _check(note)})
-        self.memory = memory
-
-    def discard(self) -> None:
-        """There is nothing to go on from."""
-        self.memory = None
-
-    def finish(self, name: str, path: Path) -> None:
-        """A file of the folder is whole: it is synced and takes the place of `path`."""
-        stream = self._streams.pop(name)
-        disk.sync_file(stream)
-        stream.close()
-        replace(self.folder / name, path)
-
-    def close(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
-
-
-def _check(note: Mapping[str, Any]) -> str:
-    """What tells a note that a fault of the disk has changed from the one that was written."""
-    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def journal(path: Path, key: str) -> Iterator[Journal]:
-    """The journal of what will be `path`, in a folder beside it, held by one process at a time.
-
-    The folder goes when the block ends; when it ends with an error, what was committed stays, and the next call with
-    the same key goes on from there. Raises DataError while another process holds it.
-    """
-    folder = path.parent / f"{UNFINISHED}{path.name}"
-    make_folder(folder)
-    with locked(folder / "lock", f"another process is writing {path}; wait for it, or choose another place"):
-        make_folder(folder)
-        made = Journal(folder, key)
-        try:
-            yield made
-        except BaseException:
-            made.close()
-            if made.memory is None:
-                _tidy(folder)
-            raise
-        made.close()
-        remove(folder)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ FREE = ("out", "rounds", "timeout")  # what may change when rounds go on
 
 def run(options: ImproveFlags) -> int:
     """All rounds; returns the exit code. What cannot be meant is refused before anything is written."""
-    from functional_lm import folder, run_folder, seal, tree
+    from functional_lm import folder, run_folder, run_saving, seal, tree
     from functional_lm.text import conversations, corpus
 
     out, source = Path(options.out), Path(options.model)
@@ -58,10 +58,12 @@ def run(options: ImproveFlags) -> int:
     text = hashlib.sha256("".join(map(seal.sha256, found.files)).encode()).hexdigest()
     asker = asker_of(options, model, found)
     before = _opened(options, out, digest, text)
-    if before is None and (run_folder.holds_model(out) or (out.is_dir() and any(out.iterdir()))):
+    if before is None and out.is_dir() and not all(map(run_folder.left_over, out.iterdir())):
         raise UsageError(f"{out} holds something else; choose another --out")
     files.make_folder(out)
-    with files.locked(out / "lock", f"another process is improving {out}; wait for it, or choose another --out"):
+    busy = f"another process is improving {out}; wait for it, or choose another --out"
+    with files.locked(out / run_folder.LOCK, busy), run_saving.unwritten("the round was not written"):
+        files.sweep(out)
         if before is None:
             files.write_json(out / RECORD, {"flags": _as_json(options), "digest": digest, "text": text})
         log = before or []
@@ -148,6 +150,14 @@ def _settle(out: Path, source: Path, log: list[dict[str, Any]]) -> None:
         if not (made / "model.safetensors").is_file():
             raise DataError(f"{out} lost the model of round {last['round']}; choose another --out")
         _install(made, out, PARTS[-1:])
+    for entry in log:
+        _clear(out, entry["round"])
+
+
+def _clear(out: Path, number: int) -> None:
+    """A round that is written down needs its trained model no more."""
+    for name in ("model", "run"):
+        files.remove(_place(out, number) / name)
 
 
 def _install(source: Path, out: Path, parts: Sequence[str] = PARTS) -> None:
@@ -191,8 +201,7 @@ def _rounds(options: ImproveFlags, out: Path, model: Model, asker: Asker, log: l
         if accepted:
             _install(place / "model", out, PARTS[-1:])
             params, value = found, after
-        for name in ("model", "run"):
-            files.remove(place / name)
+        _clear(out, number)
         console.say(_said(entry, options))
     gained = sum(1 for entry in _read(out) if entry["accepted"])
     console.say(f"{options.rounds} rounds, {gained} accepted; the model is in {out}; go on with: "

@@ -40,12 +40,13 @@ def unrelated(out: Path) -> str | None:
 
 def _ours(path: Path) -> bool:
     if path.name == "data" and path.is_dir():
-        return all(entry.name in PREPARED or _left_over(entry) for entry in path.iterdir())
-    return path.name in (LOCK, REPLACED) or _left_over(path)
+        return all(entry.name in PREPARED or left_over(entry) for entry in path.iterdir())
+    return path.name == REPLACED or left_over(path)
 
 
-def _left_over(path: Path) -> bool:
-    return path.name.startswith((files.TEMPORARY, files.UNFINISHED))
+def left_over(path: Path) -> bool:
+    """Whether it is what a process that was killed leaves: its lock, or something half-written."""
+    return path.name == LOCK or path.name.startswith((files.TEMPORARY, files.UNFINISHED))
 
 
 def check_free(out: Path, kind: str) -> None:
@@ -87,8 +88,9 @@ def held(out: Path) -> Iterator[None]:
             fresh = all(path.name == LOCK for path in out.iterdir())
             try:
                 yield
-            except FunctionalLMError:
-                if fresh and out.is_dir() and not (out / "metrics.jsonl").exists():
+            except (FunctionalLMError, OSError) as error:
+                refused = isinstance(error, FunctionalLMError)
+                if refused and fresh and out.is_dir() and not (out / "metrics.jsonl").exists():
                     _clear(out)
                 _restore(out)
                 raise
@@ -265,14 +267,15 @@ def _clear(out: Path) -> None:
 def _set_aside(out: Path) -> None:
     """The run that `--overwrite` replaces is there until the new one trains: it may still be refused."""
     files.make_folder(out / REPLACED)
-    for path in sorted(out.iterdir()):
+    for path in reversed(_entries(out)):
         if path.name not in (LOCK, REPLACED):
             disk.rename(path, out / REPLACED / path.name)
 
 
 def settle(out: Path) -> None:
-    """Training begins, or the first generation is measured: what was replaced goes."""
-    files.remove(out / REPLACED)
+    """Training begins, or a generation is measured: what was replaced goes, at once, so that no half comes back."""
+    if (out / REPLACED).exists():
+        files.discard(out / REPLACED)
 
 
 def _restore(out: Path) -> None:
@@ -281,10 +284,15 @@ def _restore(out: Path) -> None:
         return
     lines = out / "metrics.jsonl"
     if not (lines.exists() and lines.stat().st_size):
-        for path in sorted((out / REPLACED).iterdir()):
+        for path in _entries(out / REPLACED):
             files.remove(out / path.name)
             disk.rename(path, out / path.name)
     settle(out)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """The metrics last: as long as they are not there, what was set aside comes back."""
+    return sorted(folder.iterdir(), key=lambda path: (path.name == "metrics.jsonl", path.name))
 
 
 def _versions() -> dict[str, Any]:

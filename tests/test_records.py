@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from functional_lm import files, improve, run_end, run_folder, sampling_settings
+from functional_lm import files, improve, run_end, run_folder, sampling_settings, unfinished
 from functional_lm.errors import DataError, FunctionalLMError
 from functional_lm.evolution import journal as journals
 from functional_lm.improve_flags import ImproveFlags
@@ -48,14 +48,14 @@ def test_a_journal_that_nobody_wrote_is_refused(tmp_path: Path, fitness: str) ->
     ],
 )
 def test_a_note_of_a_journal_that_nobody_wrote_is_not_believed(tmp_path: Path, change: Any) -> None:
-    journal = files.Journal(tmp_path, "k")
+    journal = unfinished.Journal(tmp_path, "k")
     journal.open("a").write(b"held")
     journal.commit([1, {"row": 2}])
     journal.close()
-    assert files.Journal(tmp_path, "k").memory == [1, {"row": 2}]
+    assert unfinished.Journal(tmp_path, "k").memory == [1, {"row": 2}]
     note = files.read_json(tmp_path / "journal.json")
     files.write_json(tmp_path / "journal.json", {**note, **change} if isinstance(change, dict) else change)
-    assert files.Journal(tmp_path, "k").memory is None
+    assert unfinished.Journal(tmp_path, "k").memory is None
 
 
 def test_another_kind_of_run_is_named_whatever_it_is(tmp_path: Path) -> None:

@@ -283,6 +283,7 @@ def records(root: Path) -> list[Parser]:
         seal,
         training_flags,
         tree,
+        unfinished,
     )
     from functional_lm.evolution import journal as journals
     from functional_lm.evolution import loop
@@ -310,7 +311,7 @@ def records(root: Path) -> list[Parser]:
     outcome = loop.Outcome(Measured(torch.tensor(3), torch.ones(2)), journal)
     loop.save(root / "evolved", outcome, 1)
     run_best.keep(root / "bested", 3, lambda folder: files.write_text(folder / "file", "text"))
-    held = files.Journal(root / "begun", "key")
+    held = unfinished.Journal(root / "begun", "key")
     held.open("names").write(b"held")
     held.commit([1, 2, 3])
     held.close()
@@ -320,7 +321,7 @@ def records(root: Path) -> list[Parser]:
             journals.fitness_of(entry)
 
     def gone_on(path: Path) -> None:
-        note = files.Journal(path.parent, "key")
+        note = unfinished.Journal(path.parent, "key")
         assert note.memory in (None, [1, 2, 3])  # all of it, or nothing
         note.close()
 

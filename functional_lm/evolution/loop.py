@@ -1,6 +1,8 @@
-"""The loop around a strategy: ask, measure, write down, tell. The clock, the terminal and signals are met here.
+"""The loop around a strategy: ask, measure, tell, write down. The clock, the terminal and signals are met here.
 
-A generation is on the disk before it is told, so that a stopped run loses nothing but the generation it was measuring.
+A generation is on the disk before the next one begins, so that a stopped run loses nothing but the one it was at. Its
+line of metrics comes before that of the journal: one too many is dropped when the run goes on, one too few would be
+missing for ever.
 """
 
 from __future__ import annotations
@@ -110,13 +112,13 @@ def run(strategy: Strategy, state: Any, journal: Journal, plan: Plan, hooks: Hoo
             fitness = torch.where(torch.isfinite(fitness), fitness, math.nan)
             seconds = before + time.perf_counter() - started
             entry = journals.entry(number, common.generation_key(outcome.state).tolist(), fitness.tolist(), seconds)
-            outcome.journal = (journals.append if out else journals.remembered)(outcome.journal, entry)
             outcome.state = told(strategy, measured, entry)
             lost = 0 if torch.isfinite(first_figure(fitness)).any() else lost + 1
             values = _values(strategy, outcome.state, fitness, time.perf_counter() - began)
             if plan.eval_every and (number + 1) % plan.eval_every == 0:
                 values |= hooks.validate(outcome.state)
             hooks.record(number + 1, {**values, **hooks.describe(measured)})
+            outcome.journal = (journals.append if out else journals.remembered)(outcome.journal, entry)
             bar.set_postfix_str(_shown(values), refresh=False)
             bar.update()
             if lost == LOST:
@@ -181,17 +183,19 @@ def _shown(values: Mapping[str, float]) -> str:
 def save(out: Path, outcome: Outcome, keep: int) -> Path:
     """The state as a sealed checkpoint, with the journal's length, so that the two are not mixed up.
 
-    A damaged one of the same generation is kept under another name; all but the newest `keep` whole ones go.
+    A whole one of the same generation is this one, a damaged one is kept under another name; all but the newest `keep`
+    whole ones go.
     """
     number = int(outcome.state.generation)
     path = out / "checkpoints" / checkpoints.name(number)
-    if path.exists() and reason(path) is not None:
-        files.replace(path, checkpoints.aside(path))
-    with files.writing_folder(path) as temporary:
-        tree.save(outcome.state, temporary / "state.safetensors")
-        notes = {"kind": "evolution", "generation": number, "length": outcome.journal.length}
-        seal.seal(temporary, NOTES, FORMAT, notes)
-    outcome.whole.add(path)
+    if not outcome.whole(path):
+        if path.exists():
+            files.replace(path, checkpoints.aside(path))
+        with files.writing_folder(path) as temporary:
+            tree.save(outcome.state, temporary / "state.safetensors")
+            notes = {"kind": "evolution", "generation": number, "length": outcome.journal.length}
+            seal.seal(temporary, NOTES, FORMAT, notes)
+        outcome.whole.add(path)
     checkpoints.prune(out / "checkpoints", keep, outcome.whole)
     return path
 

@@ -25,9 +25,9 @@ from urllib.parse import quote, unquote, urldefrag, urlsplit
 
 from tqdm import tqdm
 
-from functional_lm import files, seal
+from functional_lm import files, seal, unfinished
 from functional_lm.errors import DataError, UsageError
-from functional_lm.files import Journal
+from functional_lm.unfinished import Journal
 
 ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 CHECKSUM = re.compile(r"sha256=([0-9a-fA-F]{64})")
@@ -68,7 +68,7 @@ def fetch(address: str, downloads: Downloads = USUAL) -> Path:
     path, record = folder / _name(address), folder / "record.json"
     if _is_cached(path, record, checksum):
         return path
-    with files.journal(path, address) as journal:
+    with unfinished.journal(path, address) as journal:
         body = journal.open("body")
         _receive(address, journal, body, downloads)
         found = _sha256(body)

@@ -36,10 +36,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from functional_lm import files
+from functional_lm import files, unfinished
 from functional_lm.errors import DataError
-from functional_lm.files import Journal
 from functional_lm.text.interface import Tokenizer
+from functional_lm.unfinished import Journal
 
 MAGIC, VERSION, INT32 = b"FLMINDEX", 2, 1
 FIELDS = struct.Struct("<8sIIQQQQQQ32s32s")
@@ -166,7 +166,7 @@ def writing(
     """
     name = name_of(path)
     index_path, tokens_path = _with(name, ".index"), _with(name, ".bin")
-    with files.journal(name, inputs) as journal:
+    with unfinished.journal(name, inputs) as journal:
         writer = Writer(journal, vocab_size, delimiter)
         yield writer
         writer.finish(tokenizer_digest)
