@@ -36,6 +36,7 @@ from functional_lm import (
     merge,
     quantize,
     run_folder,
+    seal,
     tree,
 )
 from functional_lm.cli import Command, main_single
@@ -156,9 +157,9 @@ def contents(root: Path) -> dict[str, Any]:
 
 
 def timeless(value: Any) -> Any:
-    """JSON without its seconds."""
+    """JSON without its seconds, and without a digest over them."""
     if isinstance(value, dict):
-        return {name: timeless(entry) for name, entry in value.items() if "seconds" not in name}
+        return {name: timeless(entry) for name, entry in value.items() if "seconds" not in name and name != seal.OWN}
     return value
 
 
