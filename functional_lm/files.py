@@ -52,7 +52,11 @@ def discard(path: Path) -> None:
     doomed = beside(path)
     remove(doomed)
     disk.rename(path, doomed)
-    remove(doomed)
+    try:
+        remove(doomed)
+    except BaseException:
+        _tidy(doomed)
+        raise
     sync(path.parent)
 
 

@@ -146,7 +146,7 @@ def listing(root: Path) -> set[str]:
     }
 
 
-UNFINISHED = r"^data/\.part-text/|^rounds/\d+/(model|run)/"
+UNFINISHED = r"^\.lock$|^data/\.part-text/|^rounds/\d+/(model|run)/"
 TIMED = ("training.log", "learning.log", "events", "README.md")  # say when something was, or how long it took
 
 
@@ -182,8 +182,11 @@ def whole_run(command: Command, words: str) -> tuple[list[int], set[str], dict[s
 
 
 def check_known(fault: Fault, found: set[str], names: set[str]) -> None:
-    """Nothing but the run's files, earlier checkpoints among them, and unfinished work; after a kill what is swept."""
-    swept = re.compile(UNFINISHED + (r"|\.tmp-|\.lock$" if fault.code is None else ""))
+    """Nothing but the run's files, earlier checkpoints among them, and unfinished work; after a kill what is swept.
+
+    (And its lock, which is free, where to remove that is what failed.)
+    """
+    swept = re.compile(UNFINISHED + (r"|\.tmp-" if fault.code is None else ""))
     plain = {re.sub(r"step-\d+", "step-", name) for name in names}
     strange = {name for name in found if re.sub(r"step-\d+", "step-", name) not in plain and not swept.search(name)}
     assert not strange, (fault, strange)
