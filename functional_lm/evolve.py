@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, disk, evolve_checks, evolve_flags, files, run_folder
+from functional_lm import console, disk, evolve_checks, evolve_flags, evolve_override, files, run_folder
 from functional_lm import evolve_surroundings as surroundings
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from functional_lm.evolution.loop import Outcome, Plan
     from functional_lm.evolution.population import Share
     from functional_lm.evolution.ranks import Group
-    from functional_lm.evolution.strategy import Candidates
+    from functional_lm.evolution.strategy import Candidates, Strategy
     from functional_lm.text.corpus import Corpus
     from functional_lm.training.record import Values
     from functional_lm.tree import Tree
@@ -65,28 +65,30 @@ def run(options: EvolveFlags) -> int:
 
 def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int:
     """The run, in a folder that is its own. What is on the disk rank 0 reads and writes first."""
-    from functional_lm import keys
     from functional_lm.evolution import loop
 
     started = time.perf_counter()
-    journal = group.in_turn("open", lambda: _opened(options, out, group.first))
+    journal, changes = group.in_turn("open", lambda: _opened(options, out, group.first))
     evolution = evolution_of(options)
 
     def divide(tokens: int) -> Share:
-        return _share(options, evolution, journal, tokens, group)
+        return _share(options, evolution, None if changes else journal, tokens, group)
 
     task = group.in_turn("data", lambda: task_of(options, evolution, found, out, divide))
     with surroundings.room(options, task.share.size):
-        state = evolution.strategy.init(keys.fold_in_name(key_of(options), "evolution"), evolution.space.start)
         if journal is None:
-            journal = _begin(options, evolution, task, out, group)
+            state = _start(options, evolution, evolution.strategy)
         else:
             _check_base(journal, evolution, evolve_flags.origin(options))
-            _check_data(journal, task)
+            changes += _check_data(options, journal, task)
             _say_changes(options, journal, task)
-            state = loop.resumed(evolution.strategy, state, journal, out, task.advance)
+            strategies = evolve_override.strategies(options, evolution, journal)
+            state = loop.resumed(strategies, _start(options, evolution, strategies(0)), journal, out, task.advance)
+            state = evolution.strategy.renewed(state)
             console.say(f"going on with {out} from generation {int(state.generation)}")
         group.check_same(_facts(options, evolution, task, state))
+        if journal is None or changes:
+            journal = _noted(options, evolution, task, journal, out, group)
         console.say(_intention(options, evolution, task, group))
         outcome = _run(options, evolution, task, state, journal, out, group)
     if outcome.ended == "interrupted":
@@ -97,6 +99,13 @@ def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int
         with disk.never_made(out), finishing():
             finish(options, evolution, task, outcome, out, started)
     return 0
+
+
+def _start(options: EvolveFlags, evolution: Evolution, strategy: Strategy) -> Any:
+    """The state before the first generation."""
+    from functional_lm import keys
+
+    return strategy.init(keys.fold_in_name(key_of(options), "evolution"), evolution.space.start)
 
 
 # Before any work ------------------------------------------------------------------------------------------------------
@@ -113,12 +122,16 @@ def _on_this_machine(options: EvolveFlags) -> EvolveFlags:
     return dataclasses.replace(options, device=str(device), dtype=dtype, compile=options.compile and obstacle is None)
 
 
-def _opened(options: EvolveFlags, out: Path, writes: bool) -> Journal | None:
-    """The journal to go on with, None for a new run. Raises UsageError where `out` holds something else."""
+def _opened(options: EvolveFlags, out: Path, writes: bool) -> tuple[Journal | None, list[str]]:
+    """The journal to go on with, None for a new run, and what makes it another one.
+
+    Raises UsageError where `out` holds something else.
+    """
     journal = _journal(options, out)
+    changes = evolve_override.changes(options, journal, out) if journal else []
     if writes:
         run_folder.make(out, options.overwrite)
-    return journal
+    return journal, changes
 
 
 def _journal(options: EvolveFlags, out: Path) -> Journal | None:
@@ -135,21 +148,9 @@ def _journal(options: EvolveFlags, out: Path) -> Journal | None:
     journal = journals.read(path)
     if not (journal.generations or journal.end):
         return None  # nothing was measured: it may begin as another one
-    # A flag that is younger than the journal was what it is where it is not given.
-    before = _as_json(EvolveFlags()) | journal.header["flags"]
-    now = _as_json(options)
-    names = evolve_flags.fixed(options)
-    changes = [f"--{name} was {before[name]}, is {now[name]}" for name in names if before[name] != now[name]]
-    changes += surroundings.changed_functions(options, journal.header)
-    if changes:
-        raise UsageError(f"{out} holds another run ({'; '.join(changes)}); choose another --out, or --overwrite it")
     if journal.cut:
         console.say(f"the last line of {path} was cut off; its generation is measured again")
     return journal
-
-
-def _as_json(options: EvolveFlags) -> dict[str, Any]:
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options).items()}
 
 
 def _check_base(journal: Journal, evolution: Evolution, path: str) -> None:
@@ -192,9 +193,15 @@ def _facts(options: EvolveFlags, evolution: Evolution, task: Task, state: Any) -
     }
 
 
-def _check_data(journal: Journal, task: Task) -> None:
-    if journal.header.get("data", task.digest) != task.digest:
+def _check_data(options: EvolveFlags, journal: Journal, task: Task) -> list[str]:
+    """Raise DataError for another text, which `--override` takes where nothing is trained on it."""
+    if journal.header.get("data", task.digest) == task.digest:
+        return []
+    if evolve_override.obstacle("data", options):
         raise DataError(f"{journal.path} began with another text: the one in --data has changed; --overwrite the run")
+    changes = ["the text has changed"]
+    run_folder.agree(f"{journal.path} began with another text", changes, options.override, kind=DataError)
+    return changes
 
 
 def _say_changes(options: EvolveFlags, journal: Journal, task: Task) -> None:
@@ -204,8 +211,10 @@ def _say_changes(options: EvolveFlags, journal: Journal, task: Task) -> None:
         console.say(f"the run began with {'; '.join(changes)}: the last bits of its numbers may differ")
 
 
-def _begin(options: EvolveFlags, evolution: Evolution, task: Task, out: Path, group: Group) -> Journal:
-    """What a run begins with: every flag, the tokenizer, the journal's first line. Rank 0 writes."""
+def _noted(
+    options: EvolveFlags, evolution: Evolution, task: Task, journal: Journal | None, out: Path, group: Group
+) -> Journal:
+    """What a run is from here on: every flag, the tokenizer, a line of the journal. Rank 0 writes."""
     import torch
 
     import functional_lm
@@ -224,11 +233,12 @@ def _begin(options: EvolveFlags, evolution: Evolution, task: Task, out: Path, gr
         "ranks": group.count,
         "versions": versions,
     }
+    line = journals.header_of(settings, len(journal.generations) if journal else 0)
     if not group.first:
-        return journals.Journal(out / journals.NAME, settings, [], None, "", 0, False)
+        return journals.remembered(journal or journals.Journal(out / journals.NAME, [], [], None, "", 0, False), line)
     files.write_json(out / "run.json", {"kind": "evolution", "options": flags, "versions": versions})
     evolution.model.tokenizer.save(out)
-    return journals.begin(out / journals.NAME, settings)
+    return journals.append(journal, line) if journal else journals.begin(out / journals.NAME, settings)
 
 
 # The run and its end --------------------------------------------------------------------------------------------------
@@ -310,33 +320,26 @@ def _run(
 def _replay(options: EvolveFlags) -> int:
     """The weights that a journal describes, from the base alone (and the data, where members train). Nothing is
     measured."""
-    from functional_lm import keys, tree
+    from functional_lm import tree
     from functional_lm.evolution import journal as journals
     from functional_lm.evolution import loop
 
     journal = journals.read(str(options.journal))
-    flags: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in journal.header["flags"].items()
-    }
-    if unknown := flags.keys() - vars(EvolveFlags()).keys():
-        raise DataError(
-            f"{journal.path} has --{min(unknown)}, which this version does not know; use the one that wrote it"
-        )
-    flags |= {name: given for name in ("model", "data") if (given := getattr(options, name)) is not None}
-    began = EvolveFlags(**{**flags, "device": options.device if options.device != "auto" else flags["device"]})
+    flags = evolve_override.flags_of(journal.header, f"{journal.path}")
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("model", "data") if getattr(options, name)}
+    began = dataclasses.replace(flags, **given, device=flags.device if options.device == "auto" else options.device)
     out = Path(options.out) if options.out != EvolveFlags.out else Path(f"{began.out}-replayed")
     files.refuse_existing(out)
     began = _on_this_machine(began)
-    if began.compile != flags["compile"]:
+    if began.compile != flags.compile:
         console.say("the journal's run was compiled and this machine cannot: the last bits may differ")
     evolution = evolution_of(began)
     _check_base(journal, evolution, evolve_flags.origin(began))
     if journal.cut:
         console.say(f"the last line of {journal.path} was cut off and is left out")
-    state = evolution.strategy.init(keys.fold_in_name(key_of(began), "evolution"), evolution.space.start)
+    strategies = evolve_override.strategies(began, evolution, journal)
     with _trained(began, evolution, journal) as (advance, whole):
-        for number, entry in enumerate(journal.generations):
-            state = loop.told(evolution.strategy, advance(state, number), entry)
+        state = loop.retold(strategies, _start(began, evolution, strategies(0)), journal, advance)
         end = journal.end if journal.end and journal.end["generation"] == len(journal.generations) else None
         kept = end["kept"] if end else usual_choice(began)
         leaves = state.centre if kept == "centre" else state.best
@@ -377,7 +380,7 @@ def _trained(
             return _share(options, evolution, journal, tokens, ranks.Group())
 
         task = task_of(options, evolution, corpus.find(str(options.data)), Path(place), divide)
-        _check_data(journal, task)
+        _check_data(options, journal, task)
         yield task.advance, task.whole
 
 

@@ -34,6 +34,8 @@ def check(flags: EvolveFlags) -> None:
             if name not in REPLAYED and getattr(flags, name) != usual:
                 raise UsageError(f"--{name} is what the journal says; replay takes --out, --model, --data and --device")
         return
+    if flags.overwrite and flags.override:
+        raise UsageError("--overwrite starts again and --override goes on; give one of them")
     for name in ("data",) if flags.space == "merge" else ("model", "data"):
         if getattr(flags, name) is None:
             raise UsageError(f"--{name} is required")

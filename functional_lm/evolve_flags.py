@@ -189,6 +189,9 @@ class EvolveFlags:
     save_every: int = option(10, "generations between checkpoints; 0: at the end only", low=0, group="Records")
     keep: int = option(2, "checkpoints to keep; 0: all", low=0, group="Records")
     resume: str = option("auto", "auto: go on with the run in --out; never", choices=("auto", "never"), group="Records")
+    override: bool = option(
+        False, "go on with other numbers of the strategy, or measure on other data", group="Records"
+    )
     overwrite: bool = option(False, "replace a run that --out already holds", group="Records")
 
 

@@ -37,7 +37,7 @@ PARTS = (
     "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "model.safetensors",
 )  # fmt: skip
-FREE = ("out", "rounds", "timeout")  # what may change when rounds go on
+FREE = ("out", "rounds", "timeout", "override")  # what may change when rounds go on
 
 
 def run(options: ImproveFlags) -> int:
@@ -64,11 +64,10 @@ def run(options: ImproveFlags) -> int:
     busy = f"another process is improving {out}; wait for it, or choose another --out"
     with files.locked(out / run_folder.LOCK, busy), run_saving.unwritten("the round was not written"):
         files.sweep(out)
-        if before is None:
-            files.write_json(out / RECORD, {"flags": _as_json(options), "digest": digest, "text": text})
-        log = before or []
+        record, log = before or (_record(options, digest, text), [])
+        files.write_json(out / RECORD, record)
         _settle(out, source, log)
-        return _rounds(options, out, model, asker, log)
+        return _rounds(options, out, model, asker, log, record.get("since", 0))
 
 
 def _on_this_machine(options: ImproveFlags) -> ImproveFlags:
@@ -93,28 +92,50 @@ def _as_json(options: ImproveFlags) -> dict[str, Any]:
 # Which rounds there are -----------------------------------------------------------------------------------------------
 
 
-def _opened(options: ImproveFlags, out: Path, digest: str, text: str) -> list[dict[str, Any]] | None:
-    """The rounds to go on from, None for a new run. A last line that was cut off is a round that is done again."""
+def _record(options: ImproveFlags, digest: str, text: str) -> dict[str, Any]:
+    """Under which flags rounds are, and what they began with."""
+    return {"flags": _as_json(options), "digest": digest, "text": text}
+
+
+def _opened(
+    options: ImproveFlags, out: Path, digest: str, text: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """The record and the rounds to go on from, None for a new run.
+
+    With `--override` the record becomes that of these flags, `since` so many rounds; what was measured does not compare
+    with what will be. The one before is the last of `earlier`.
+    """
+    from functional_lm import run_folder
+
     if not (out / RECORD).is_file():
         return None
     try:
-        record = files.read_json(out / RECORD)
+        record = {"since": 0, "earlier": [], **files.read_json(out / RECORD)}
         before, base = record["flags"], record["digest"]
-        if not (isinstance(before, dict) and isinstance(base, str)):
+        kinds = ((before, dict), (base, str), (record["since"], int), (record["earlier"], list))
+        if not all(isinstance(value, kind) for value, kind in kinds):
             raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out / RECORD} is damaged; choose another --out") from error
+    if base != digest:
+        raise DataError(f"{out} began with another model ({base[:12]}) than the one in {options.model} ({digest[:12]})")
     changes = [
         f"--{name} was {before.get(name)}, is {now}"
         for name, now in _as_json(options).items()
-        if name not in FREE and before.get(name) != now
+        if name not in FREE and not run_folder.same(name, before.get(name), now)
     ]
     if record.get("text", text) != text:  # rounds of an earlier version did not note it
         changes.append("the text has changed")
-    if changes:
-        raise UsageError(f"{out} holds other rounds ({'; '.join(changes)}); choose another --out")
-    if base != digest:
-        raise DataError(f"{out} began with another model ({base[:12]}) than the one in {options.model} ({digest[:12]})")
+    run_folder.agree(f"{out} holds other rounds", changes, options.override, "another --out starts beside them")
+    log = _log(out)
+    if not changes:
+        return record, log
+    last = {name: record.get(name) for name in ("flags", "text", "since")}
+    return {**_record(options, digest, text), "since": len(log), "earlier": [*record["earlier"], last]}, log
+
+
+def _log(out: Path) -> list[dict[str, Any]]:
+    """The rounds so far. A last line that was cut off is a round that is done again."""
     if not (out / LOG).is_file():
         return []
     whole = (out / LOG).read_bytes().split(b"\n")[:-1]
@@ -175,11 +196,11 @@ def _place(out: Path, number: int) -> Path:
 # A round --------------------------------------------------------------------------------------------------------------
 
 
-def _rounds(options: ImproveFlags, out: Path, model: Model, asker: Asker, log: list[dict[str, Any]]) -> int:
+def _rounds(options: ImproveFlags, out: Path, model: Model, asker: Asker, log: list[dict[str, Any]], since: int) -> int:
     from functional_lm import folder
 
     params = folder.load(out, options.device).params
-    known = log[-1]["held_out"] if log else None
+    known = log[-1]["held_out"] if len(log) > since else None
     value = asker.held_out(params) if known is None else known
     if log:
         console.say(f"going on with {out} from round {len(log) + 1}")

@@ -43,3 +43,4 @@ class ImproveFlags:
     dtype: str = option("auto", "precision of the products", choices=("auto", "float32", "bfloat16"), group="Machine")
     device: str = option("auto", "where to run", choices=DEVICES, group="Machine")
     compile: bool = option(True, "compile (eager where no C++ compiler is found)", group="Machine")
+    override: bool = option(False, "go on with other flags or another text than the rounds before")

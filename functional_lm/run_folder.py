@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from functional_lm.text.tokenizer import Tokenizer
 
 LOCK, REPLACED = ".lock", ".replaced"
-NAMES_FILES = ("data", "model", "tokenizer", "config")  # flags whose value names files or folders
+STARTING_AGAIN = "--overwrite starts again, another --out starts beside it"
+NAMES_FILES = ("data", "model", "tokenizer", "config", "adapter", "base")  # flags whose value names files or folders
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 TRACES = (*WEIGHTS, "run.json", "checkpoints/step-*/training.json", "checkpoints/step-*/state.json")  # of a run
 PREPARED = ("text.bin", "text.index", "text.json")  # in data/: what a run that never began leaves
@@ -161,18 +162,23 @@ def _earlier(checkpoint: Path | None, out: Path) -> dict[str, Any]:
 def _compare(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Mapping[str, Any], what: str) -> None:
     """Refuse, or under --override say, what would make the run another one."""
     changes = _differences(flags, overrides, earlier)
-    if changes and not flags.override:
-        raise UsageError(
-            f"{what} belongs to another run ({'; '.join(changes)}); --override goes on all the same, --overwrite "
-            "starts again, another --out starts beside it"
-        )
-    if changes:
-        console.say(f"going on as another run: {'; '.join(changes)}")
+    agree(f"{what} belongs to another run", changes, flags.override, STARTING_AGAIN)
     before, now = earlier["versions"]["torch"], _versions()["torch"]
     if before != now:
         console.say(
             f"the run began with torch {before} and goes on with {now}: the last bits of its numbers may differ"
         )
+
+
+def agree(
+    what: str, changes: Sequence[str], override: bool, others: str = "", kind: type[FunctionalLMError] = UsageError
+) -> None:
+    """Refuse, or under `override` say, what would make a run another one; `others` are the other ways out."""
+    if changes and not override:
+        remedies = "; --override goes on all the same" + (f", {others}" if others else "")
+        raise kind(f"{what} ({'; '.join(changes)}){remedies}")
+    if changes:
+        console.say(f"going on as another run: {'; '.join(changes)}")
 
 
 def _differences(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
@@ -184,11 +190,11 @@ def _differences(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Ma
         before, now = ({**values, "threads": None} for values in (before, now))
     sometimes = {name for names in training_flags.HANGING.values() for name in names}
     names = sorted((before.keys() | now.keys()) - (sometimes - (before.keys() & now.keys())))
-    changes = [name for name in names if not _same(name, before.get(name), now.get(name))]
+    changes = [name for name in names if not same(name, before.get(name), now.get(name))]
     return [f"--{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}" for name in changes]
 
 
-def _same(name: str, before: Any, now: Any) -> bool:
+def same(name: str, before: Any, now: Any) -> bool:
     """Whether a flag says what it said; a file or folder may be written in another way."""
     if before == now or name not in NAMES_FILES or not (isinstance(before, str) and isinstance(now, str)):
         return bool(before == now)
@@ -227,10 +233,7 @@ def check_inputs(checkpoint: Path, record: Mapping[str, Any], override: bool) ->
     changes = [f"{name} was {had.get(name)}, is {model[name]}" for name in model if had.get(name) != model[name]]
     inputs = record["inputs"]
     changes += [f"the {name} has changed" for name in inputs if earlier["inputs"].get(name) != inputs[name]]
-    if changes and not override:
-        raise DataError(f"{checkpoint} belongs to another run ({'; '.join(changes)}); --override goes on all the same")
-    if changes:
-        console.say(f"going on as another run: {'; '.join(changes)}")
+    agree(f"{checkpoint} belongs to another run", changes, override, kind=DataError)
 
 
 def begin(

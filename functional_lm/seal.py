@@ -97,11 +97,14 @@ def reason(folder: Path, name: str, format: int) -> str | None:
     return None
 
 
-def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, lengths and times of a folder's files: as long as they stay, nobody has written to it."""
+def stamp(folder: Path) -> tuple[tuple[str | int, ...], ...]:
+    """Names, lengths and times of a folder's files: as long as they stay, nobody has written to it.
+
+    `st_ctime` notices who sets a file's time back behind the write, as copying programs do.
+    """
     entries = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = ((path, path.stat()) for path in entries)
-    return tuple((path.relative_to(folder).as_posix(), fact.st_size, fact.st_mtime_ns) for path, fact in facts)
+    facts = ((path.relative_to(folder).as_posix(), path.stat()) for path in entries)
+    return tuple((name, fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns) for name, fact in facts)
 
 
 def sha256(path: Path) -> str:

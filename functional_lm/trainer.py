@@ -183,11 +183,9 @@ def _train(
     def watch(number: int) -> None:
         with troubled(trouble):
             saver.check()
-        with troubled(untraced):
-            trace(number)
+        trace(number)
 
     hooks = loop.Hooks(job.batch, record, validate, save, sample, lambda: 0 < flags.patience <= best.waited, watch)
-    untraced = Trouble(flags, "the trace was not written")
     with loop.stopping_by_signal() as stopping:
         with saving(flags, job, out, trouble) as saver, _tracing(flags, out, recorder) as trace:
             try:
@@ -323,12 +321,15 @@ def _tracing(flags: TrainingFlags, out: Path, recorder: Recorder) -> Iterator[Ca
     from torch.profiler import ProfilerActivity
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    untraced = Trouble(flags, "the trace was not written")
 
     def ready(profiler: Any) -> None:
-        files.write_with(out / "trace.json", lambda path: profiler.export_chrome_trace(str(path)))
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        recorder.note("profile\n" + profiler.key_averages().table(sort_by=by, row_limit=25))
-        console.say(f"the trace of {flags.profile} steps is in {out / 'trace.json'}, its summary in training.log")
+        """Behind the last of its steps, or of the run's."""
+        with troubled(untraced):
+            files.write_with(out / "trace.json", lambda path: profiler.export_chrome_trace(str(path)))
+            by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            recorder.note("profile\n" + profiler.key_averages().table(sort_by=by, row_limit=25))
+            console.say(f"the trace of {flags.profile} steps is in {out / 'trace.json'}, its summary in training.log")
 
     schedule = torch.profiler.schedule(wait=2, warmup=1, active=flags.profile, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=ready) as profiler:

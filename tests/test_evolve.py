@@ -819,7 +819,8 @@ def test_every_flag_is_the_runs_or_the_callers() -> None:
 
     free = {
         "action", "journal", "out", "generations", "evaluations", "minutes", "target", "timeout", "chunk_size",
-        "device", "rank_timeout", "eval_every", "eval_batches", "save_every", "keep", "resume", "overwrite",
+        "device", "rank_timeout", "eval_every", "eval_batches", "save_every", "keep", "resume", "override",
+        "overwrite",
     }  # fmt: skip
     assert set(evolve_flags.MEASURING) <= free
     assert free | set(evolve_flags.FIXED) == {field.name for field in dataclasses.fields(evolve_flags.EvolveFlags)}

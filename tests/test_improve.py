@@ -133,12 +133,37 @@ def test_stopped_and_gone_on_with_it_is_the_same(at: Path, capsys: pytest.Captur
     finally:
         Path("sums.jsonl").write_text(rows)
     assert "holds other rounds (the text has changed)" in capsys.readouterr().err
-    assert improved(at / "parts", "--model", "other") == 2
+    assert improved(at / "parts", "--model", "other", "--override") == 1
+    assert f"{at / 'parts'} began with another model" in capsys.readouterr().err
     shutil.rmtree(at / "whole" / "rounds")
     lines = (at / "whole" / "rounds.jsonl").read_text().splitlines()
     (at / "whole" / "rounds.jsonl").write_text(lines[1] + "\n")
     assert improved(at / "whole") == 1
     assert "line 1 is not that of round 1" in capsys.readouterr().err
+
+
+def test_rounds_under_other_flags_are_measured_anew(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not against what other rows said of the model, even if the first of them was killed."""
+    assert improved(at / "run", "--rounds", "1") == 0
+    (first,) = rounds(at / "run")
+    other = ["--val_fraction", "0.5", "--samples", "5", "--prompts", "10"]
+    before = {path: path.read_bytes() for path in sorted(at.rglob("*")) if path.is_file()}
+    assert improved(at / "run", *other) == 2
+    said = capsys.readouterr().err
+    assert (
+        "(--prompts was 25, is 10; --samples was 6, is 5; --val_fraction was 0.3, is 0.5); --override goes on" in said
+    )
+    assert {path: path.read_bytes() for path in sorted(at.rglob("*")) if path.is_file()} == before
+    assert improved(at / "run", *other, "--rounds", "1", "--override") == 0
+    assert "going on as another run: --prompts was 25, is 10" in capsys.readouterr().out
+    assert rounds(at / "run") == [first]
+    assert improved(at / "run", *other) == 0
+    _, second = rounds(at / "run")
+    assert f"exact of 18 held-out rows: {second['held_out_before']:.4f}" in capsys.readouterr().out
+    assert second["held_out_before"] != first["held_out"]
+    record = files.read_json(at / "run" / "improve.json")
+    assert record["since"] == 1
+    assert [one["flags"]["samples"] for one in record["earlier"]] == [6]
 
 
 def test_the_models_own_likelihood_and_an_adapter(at: Path) -> None:

@@ -204,6 +204,27 @@ def test_a_bad_chat_is_named(tmp_path: Path, row: dict[str, Any], complaint: str
         texts(path)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".txt"])
+@pytest.mark.parametrize("where", [0, 5])
+def test_a_row_or_line_that_no_memory_would_hold_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, where: int
+) -> None:
+    """The others are as long as they may be, and together longer."""
+    monkeypatch.setattr(json_list, "LONGEST", 1000)
+    monkeypatch.setattr(json_list, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(readers, "SEGMENT_BYTES", 100)
+    path = tmp_path / f"a{suffix}"
+    made = [{"text": "word " * 190} for _ in range(8)]
+    path.write_bytes(rows_as(suffix, made))
+    texts(path)
+    made[where]["text"] *= 3
+    path.write_bytes(rows_as(suffix, made))
+    with pytest.raises(DataError, match=r"has more than 1000 (bytes|characters); cut it into shorter ones") as raised:
+        texts(path)
+    if suffix in (".jsonl", ".parquet"):
+        assert str(raised.value).startswith(f"{path}, {'line' if suffix == '.jsonl' else 'row'} {where + 1} has")
+
+
 def test_parquet_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     raw = rows_as(".parquet", [{"text": f"row {i}"} for i in range(100)])
     for damaged in (raw[:-1], raw[:50], b"PAR1", b"text", raw[:20] + b"\xff" * 60 + raw[80:]):

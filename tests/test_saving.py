@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,49 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from faults import KINDS, Failing, Killed, lost, operations
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from saved_states import CONFIG, loaded, quick, save, state
 
-from functional_lm import disk, files, run_best, tree
+from functional_lm import disk, files, tree
 from functional_lm.errors import DataError
-from functional_lm.text import tokenizer as tokenizers
 from functional_lm.training import checkpoint
 from functional_lm.training.saving import Saver, Verified
 from functional_lm.training.step import TrainState
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guards know what was synced; the real thing would only take long here."""
-    monkeypatch.setattr(disk.os, "fsync", lambda descriptor: None)
-
-
-TOKENIZER = tokenizers.train((), "bytes")
-
-
-def state(step: int, rows: int = 3) -> TrainState:
-    """Its numbers say of which step they are, and where they stand."""
-    leaf = step + torch.arange(2 * rows).view(rows, 2) / 2**19  # exact: rows < 2**18, step < 32
-    now = torch.tensor(step)
-    return TrainState(now, now * 0, {"w": leaf}, {"m": leaf + 0.5}, {}, {}, torch.tensor([1, step]), {"lr": leaf[0, 0]})
-
-
-def save(folder: Path, now: TrainState, memory: Mapping[str, Any] | None = None) -> Path:
-    return checkpoint.save(folder, now, None, TOKENIZER, memory or {"of": int(now.step)})
-
-
-def loaded(path: Path, rows: int = 3) -> int:
-    """The step of a checkpoint that is whole and of one piece."""
-    found, memory = checkpoint.load(path, state(0, rows))
-    step = int(found.step)
-    expected = state(step, rows)
-    assert found.params["w"].equal(expected.params["w"])
-    assert tree.digest(found) == tree.digest(expected)
-    assert memory["of"] == step
-    return step
+__all__ = ["quick"]  # a fixture
 
 
 # In the background ----------------------------------------------------------------------------------------------------
@@ -159,7 +125,7 @@ def flip(path: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {"cut": cut, "zeros": lost, "bit": flip, "gone": os.unlink}
-PARTS = ("training.safetensors", "training.json", "tokenizer_bytes.json")
+PARTS = ("model.safetensors", "training.safetensors", "training.json", "tokenizer_bytes.json")
 
 
 def part(name: str, folder: Path) -> Path:
@@ -173,7 +139,7 @@ def part(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("name", PARTS)
 def test_the_newest_valid_one_is_found_and_the_damaged_are_named_and_kept(tmp_path: Path, how: str, name: str) -> None:
     for step in (1, 2, 3):
-        save(tmp_path, state(step))
+        save(tmp_path, state(step), config=CONFIG)
     for step in (2, 3):
         DAMAGE[how](part(name, tmp_path / checkpoint.name(step)))
     before = sorted(tmp_path.rglob("*"))
@@ -297,169 +263,3 @@ def test_whatever_operation_fails_the_old_one_is_whole_and_the_run_goes_on(
         if again:
             assert (root / "step-00000002.damaged").exists()
         shutil.rmtree(root)
-
-
-# A life of saving, crashing, damaging, going on -----------------------------------------------------------------------
-
-
-# Rows of a leaf: what is written at once, and so much that its whole pages go past the system's cache.
-SIZES = (3, 3, 3, disk.LARGE // 8 + 1, disk.LARGE // 8 + disk.PAGE // 8 * 5 + 3)
-
-
-class Life(RuleBasedStateMachine):
-    """One run over many processes. The model: which steps were saved to the end and are neither damaged nor pruned.
-
-    Each of them names the best model of its time, which has to be there as long as it is.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        self.out = self.folder / "run"
-        self.best = self.rows = 0
-        self.step = 0  # of the process
-        self.whole: set[int] = set()  # has to be there, and whole
-        self.perhaps: set[int] = set()  # a crash came while it was saved or removed
-        self.damaged: set[int] = set()
-        self.keep = 2
-
-    @property
-    def root(self) -> Path:
-        return self.out / "checkpoints"
-
-    @initialize(keep=st.integers(0, 3), rows=st.sampled_from(SIZES))
-    def begin(self, keep: int, rows: int) -> None:
-        self.keep, self.rows = keep, rows
-
-    @precondition(lambda self: self.step < 28)
-    @rule(steps=st.integers(1, 3))
-    def train(self, steps: int) -> None:
-        self.step += steps
-
-    @precondition(lambda self: self.step > self.best)
-    @rule(kind=st.none() | st.sampled_from(KINDS), passing=st.integers(0, 16))
-    def validate(self, kind: str | None, passing: int) -> None:
-        """Better than before: the model is kept, or stays the second where the disk takes none."""
-        failing = Failing(kind, passing)
-        try:
-            with disk.watched_by(failing):
-                run_best.keep(self.out, self.step, lambda path: files.write_text(path / "model", f"{self.step}"))
-            self.best = self.step
-        except OSError:
-            pass
-        except Killed:
-            self.go_on()
-
-    @precondition(lambda self: self.step > 0)
-    @rule()
-    def save(self) -> None:
-        """To the end, without trouble."""
-        self._forget_same_step()
-        self._write()
-        self.whole.add(self.step)
-        self._prune()
-
-    @precondition(lambda self: self.step > 0)
-    @rule(kind=st.sampled_from(KINDS), passing=st.integers(0, 60), resume=st.booleans())
-    def save_on_a_disk_that_fails(self, kind: str, passing: int, resume: bool) -> None:
-        failing = Failing(kind, passing)
-        self._forget_same_step()
-        try:
-            with disk.watched_by(failing):
-                self._write()
-        except (OSError, Killed):
-            self.damaged.discard(self.step)
-            self.perhaps |= {self.step} | self._old()
-            self.whole -= self.perhaps
-            if failing.dead or resume:
-                self.go_on()
-        else:
-            self.whole.add(self.step)
-            self._prune()
-            if failing.failed:
-                self.perhaps |= self._old()
-
-    def _forget_same_step(self) -> None:
-        """A valid one of the same step is replaced, which a crash may interrupt between its two renames."""
-        if self.step in self.whole:
-            self.whole.discard(self.step)
-            self.perhaps.add(self.step)
-
-    def _write(self) -> None:
-        saver = Saver(self._save)
-        saver.save(state(self.step, self.rows), {"of": self.step, "best": {"step": self.best}})
-        saver.wait()
-        run_best.prune(self.out, self.best)
-
-    def _save(self, now: TrainState, memory: Mapping[str, Any]) -> None:
-        verified = Verified(checkpoint.reason)
-        verified.add(save(self.root, now, memory))
-        checkpoint.prune(self.root, self.keep, verified)
-
-    def _old(self) -> set[int]:
-        return set(sorted(self.whole | {self.step})[: -self.keep]) if self.keep else set()
-
-    def _prune(self) -> None:
-        """The model cannot know whether one that a crash came upon counts: it asks the folder for these alone."""
-        there = {s for s in self.perhaps if checkpoint.reason(self.root / checkpoint.name(s)) is None}
-        counted = sorted(self.whole | there)
-        kept = set(counted[-self.keep :]) if self.keep else set(counted)
-        self.whole, self.perhaps = kept, set()
-        self.damaged -= self.whole
-
-    @precondition(lambda self: self.whole)
-    @rule(data=st.data(), how=st.sampled_from([*DAMAGE]), name=st.sampled_from(PARTS))
-    def damage(self, data: st.DataObject, how: str, name: str) -> None:
-        step = data.draw(st.sampled_from(sorted(self.whole)))
-        DAMAGE[how](part(name, self.root / checkpoint.name(step)))
-        self.whole.discard(step)
-        self.damaged.add(step)
-
-    @rule()
-    def go_on(self) -> None:
-        """A new process: sweeps, and begins where the newest whole checkpoint stands."""
-        if self.folder.exists():
-            files.sweep(self.folder)
-        assert not [*self.folder.rglob(".tmp-*")]
-        try:
-            found, passed_over = checkpoint.newest(self.root)
-        except DataError:
-            assert not self.whole  # and it is not for want of a checkpoint
-            assert checkpoint.listing(self.root)
-            self._start_elsewhere()
-            return
-        if found is None:
-            assert not self.whole
-            self.step = self.best = 0
-            return
-        self.step, self.best = loaded(found, self.rows), best_of(found)
-        assert self.step in self.whole | self.perhaps
-        assert not self.whole or self.step >= max(self.whole)
-        assert {int(entry.path.name[5:]) for entry in passed_over} <= self.damaged | self.perhaps
-        assert {step for step in self.damaged if step > self.step} <= {int(e.path.name[5:]) for e in passed_over}
-
-    def _start_elsewhere(self) -> None:
-        self.out = self.out.with_name(self.out.name + "x")
-        self.step, self.best, self.whole, self.perhaps, self.damaged = 0, 0, set(), set(), set()
-
-    @invariant()
-    def what_has_to_be_there_is_there(self) -> None:
-        for step in self.whole:
-            assert loaded(self.root / checkpoint.name(step), self.rows) == step
-        for step in self.damaged:
-            assert list(self.root.glob(f"{checkpoint.name(step)}*")), step
-        for step in {self.best, *(best_of(self.root / checkpoint.name(step)) for step in self.whole)} - {0}:
-            assert (run_best.kept(self.out, step) / "model").read_text() == f"{step}"
-
-    def teardown(self) -> None:
-        shutil.rmtree(self.folder)
-
-
-def best_of(path: Path) -> int:
-    return int(checkpoint.notes(path)["memory"]["best"]["step"])
-
-
-TestLife = Life.TestCase
-TestLife.settings = settings(
-    max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)

@@ -35,7 +35,7 @@ from training_runs import (
 import functional_lm
 from functional_lm import seal, tree
 from functional_lm.text import dataset
-from functional_lm.training import checkpoint
+from functional_lm.training import checkpoint, scaler
 
 __all__ = ["copy", "run", "text"]  # fixtures
 
@@ -49,6 +49,28 @@ def test_resumed_is_uninterrupted_bit_for_bit(run: Path, copy: Path, text: Path,
     cut_back(copy, step)
     assert pretrain(data=text, out=copy) == 0
     equal_runs(copy, run)
+
+
+def test_a_loss_scale_is_resumed_with_what_it_has_been_through(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16 with a mean of the weights, dropout, accumulation and validations, gradients having overflowed."""
+    monkeypatch.setattr(scaler, "START", 2.0**13)
+    monkeypatch.setattr(scaler, "INTERVAL", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    half = {"data": text, "dtype": "float16", "ema_decay": 0.9, "eval_every": 3, "sample_tokens": 0}
+    assert pretrain(**half, out=whole) == 0
+    shutil.copytree(whole, parts)
+    cut_back(parts, 4)
+    assert pretrain(**half, out=parts) == 0
+    equal_runs(parts, whole)
+    told, again = ([row | {"tokens_per_second": 0} for row in lines(folder)] for folder in (whole, parts))
+    assert told == again  # skipped steps and their places in the data too
+    skipped = [row["step"] for row in told if "skipped" in row]
+    assert skipped[0] <= 4 < skipped[-1]
+    state = tree.load(whole / "checkpoints" / "step-00000012" / "training.safetensors")
+    assert int(state["skipped"]) == len(skipped)
+    assert state["ema"].keys() == {"model"}
 
 
 def test_stopped_by_ctrl_c_and_called_again_is_uninterrupted(

@@ -285,6 +285,31 @@ def test_records_that_cannot_be_written_are_lost_or_end_the_run(
     assert [row["step"] for row in lines(tmp_path / "continue")][:10] == list(range(3, 13))
 
 
+@pytest.mark.parametrize("profile", [1, 50])
+def test_a_trace_that_cannot_be_written_is_lost_or_ends_the_run(
+    run: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], profile: int
+) -> None:
+    """In the middle of the run, or where it ends before its trace does."""
+
+    def full(operation: Operation) -> Any:
+        if operation.path.name.endswith("trace.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(operation.path))
+        return operation.act(1.0)
+
+    for how, code in (("stop", 1), ("continue", 0)):
+        out = shutil.copytree(run, tmp_path / how)
+        cut_back(out, 8)
+        capsys.readouterr()
+        with disk.watched_by(full):
+            assert pretrain(data=text, out=out, profile=profile, on_save_error=how) == code
+        said = capsys.readouterr()
+        why = f"the trace was not written ({out / 'trace.json'}: No space left on device); "
+        after = f"{why}{'what was saved before is whole' if code else 'training goes on without it'}"
+        assert after in (said.err if code else said.out)
+        assert not list(out.glob("*trace*"))
+    equal_runs(out, run)
+
+
 def test_each_kind_of_trouble_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     trouble = Trouble(TrainOptions(on_save_error="continue"), "a record was lost")
     for _ in range(3):

@@ -327,7 +327,8 @@ def records(root: Path) -> list[Parser]:
 
     def again(path: Path) -> None:
         for_now = dataclasses.replace(rounds, out=str(path.parent))
-        improve._settle(path.parent, path.parent, improve._opened(for_now, path.parent, "a", "t") or [])
+        _, log = improve._opened(for_now, path.parent, "a", "t") or ({}, [])
+        improve._settle(path.parent, path.parent, log)
 
     step = root / "ended" / "step-00000003"
     return [

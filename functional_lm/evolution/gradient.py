@@ -110,10 +110,14 @@ def estimating(
     signs = (1.0, -1.0) if settings.antithetic else (1.0,)
     constants = {**NUMBERS, **(numbers or {})}
 
+    def known(device: torch.device) -> dict[str, Tensor]:
+        return {name: torch.tensor(float(value), device=device) for name, value in sorted(constants.items())}
+
     def init(key: Tensor, start: Tree) -> Search:
-        head = common.begun(key, start)
-        known = {name: torch.tensor(float(value), device=key.device) for name, value in sorted(constants.items())}
-        return Search(*head, optimizer.init(start), known)
+        return Search(*common.begun(key, start), optimizer.init(start), known(key.device))
+
+    def renewed(state: Search) -> Search:
+        return state._replace(numbers=known(state.key.device))
 
     def one(centre: Tree, key: Tensor, amount: Tensor) -> Tree:
         return perturbation.put(centre, perturbation.draw(key, common.shapes_of(centre)), amount)
@@ -181,7 +185,7 @@ def estimating(
         centre = tree.map(lambda p, u: (p + u).to(p.dtype), state.centre, updates)
         return Search(state.key, state.generation + 1, centre, best, best_fitness, moments, state.numbers)
 
-    return Strategy(name, count, init, ask, tell, members, dense)
+    return Strategy(name, count, init, ask, tell, members, dense, renewed=renewed)
 
 
 def _partial(perturbation: Perturbation) -> Callable[[Tree, Tensor, Tensor], Tree]:

@@ -1,9 +1,12 @@
 """The journal of an evolution: what it was, and each generation's key and fitness. The weights follow from it.
 
-    {"format": 1, "kind": "evolution", ...settings..., "check": "..."}
+    {"format": 2, "kind": "evolution", "generation": 0, ...settings..., "check": "..."}
     {"generation": 0, "key": [k0, k1], "fitness": [f0, f1, ...], "seconds": 12.3, "check": "..."}
     ...
     {"ended": "generations", "generation": 100, "kept": "centre", "digest": "...", "check": "..."}
+
+A run that goes on as another one (with other flags, say) has one more line like the first: its settings hold from that
+generation on. Format 1 had no such lines.
 
 One JSON object a line, appended and synced before anything is made of it. `check` is a hash over the line and the
 `check` of the line before, so that a line that was changed, removed or put elsewhere is noticed, and where. A last line
@@ -22,7 +25,7 @@ from typing import Any, NamedTuple
 from functional_lm import files
 from functional_lm.errors import DataError
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)
 NAME = "journal.jsonl"
 
 
@@ -30,12 +33,21 @@ class Journal(NamedTuple):
     """What a file holds: its whole lines, and how many bytes they are."""
 
     path: Path
-    header: dict[str, Any]
+    headers: list[dict[str, Any]]  # what the run is, from which generation on
     generations: list[dict[str, Any]]
     end: dict[str, Any] | None  # of the last time that the run ended
     check: str
     length: int
     cut: bool  # whether there is a last line that is no whole one
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What the run is by now."""
+        return self.headers[-1]
+
+    def began(self, generation: int) -> dict[str, Any]:
+        """What the run was when it measured this generation."""
+        return next(one for one in reversed(self.headers) if one.get("generation", 0) <= generation)
 
 
 def _check(before: str, entry: Mapping[str, Any]) -> str:
@@ -50,29 +62,31 @@ def _line(before: str, entry: Mapping[str, Any]) -> tuple[str, str]:
 
 def begin(path: Path, settings: Mapping[str, Any]) -> Journal:
     """A new journal with its first line."""
-    header = {"format": FORMAT, "kind": "evolution", **settings}
+    header = header_of(settings)
     line, check = _line("", header)
     files.write_text(path, line)
-    return Journal(path, dict(header), [], None, check, len(line.encode()), False)
+    return Journal(path, [header], [], None, check, len(line.encode()), False)
 
 
 def append(journal: Journal, entry: Mapping[str, Any]) -> Journal:
     """The journal with one more line on the disk."""
     line, check = _line(journal.check, entry)
     length = files.grow(journal.path, line, journal.length)
-    ended = "ended" in entry
-    return journal._replace(
-        generations=journal.generations if ended else [*journal.generations, dict(entry)],
-        end=dict(entry) if ended else journal.end,
-        check=check,
-        length=length,
-        cut=False,
-    )
+    return remembered(journal, entry)._replace(check=check, length=length, cut=False)
 
 
 def remembered(journal: Journal, entry: Mapping[str, Any]) -> Journal:
-    """The journal with one more generation, in memory alone."""
+    """The journal with one more line, in memory alone."""
+    if "kind" in entry:
+        return journal._replace(headers=[*journal.headers, dict(entry)])
+    if "ended" in entry:
+        return journal._replace(end=dict(entry))
     return journal._replace(generations=[*journal.generations, dict(entry)])
+
+
+def header_of(settings: Mapping[str, Any], generation: int = 0) -> dict[str, Any]:
+    """The line of settings that hold from a generation on."""
+    return {"format": FORMAT, "kind": "evolution", **settings, "generation": generation}
 
 
 def entry(generation: int, key: Sequence[int], fitness: Sequence[Any], seconds: float) -> dict[str, Any]:
@@ -116,14 +130,15 @@ def read(path: str | Path) -> Journal:
         entries.append(found)
     if not entries or entries[0].get("kind") != "evolution":
         raise DataError(f"{path} is no journal of an evolution")
-    if entries[0].get("format") != FORMAT:
+    if entries[0].get("format") not in READABLE:
         raise DataError(f"{path} has format {entries[0].get('format')}; this version reads {FORMAT}")
     generations = [found for found in entries[1:] if "fitness" in found]
     for number, found in enumerate(generations):
         if found["generation"] != number:
             raise DataError(f"{path} has generation {found['generation']} where {number} was due")
+    headers = [found for found in entries if "kind" in found]
     end = next((found for found in reversed(entries) if "ended" in found), None)
-    return Journal(path, entries[0], generations, end, check, len(data) - len(rest), bool(rest))
+    return Journal(path, headers, generations, end, check, len(data) - len(rest), bool(rest))
 
 
 def _remedy(number: int) -> str:

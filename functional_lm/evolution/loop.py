@@ -214,7 +214,7 @@ def newest(out: Path) -> Path | None:
 
 
 def resumed(
-    strategy: Strategy,
+    strategies: Callable[[int], Strategy],
     state: Any,
     journal: Journal,
     out: Path,
@@ -222,7 +222,7 @@ def resumed(
 ) -> Any:
     """The state to go on with: that of the newest whole checkpoint, and the journal's generations behind it told again.
 
-    Without a checkpoint all of them are. Raises DataError for a journal that ends before its checkpoint.
+    Without a checkpoint all of them are, to `state`. Raises DataError for a journal that ends before its checkpoint.
     """
     path = newest(out)
     if path is not None:
@@ -235,6 +235,14 @@ def resumed(
         flat = tree.flatten(tree.load(path / "state.safetensors", state.key.device))
         # Copies, because products round by how their operands are aligned, and a file's tensors lie anywhere.
         state = tree.copy(tree.restore(state, flat, str(path)))
-    for entry in journal.generations[int(state.generation) :]:
-        state = told(strategy, advance(state, int(state.generation)), entry)
+    return retold(strategies, state, journal, advance)
+
+
+def retold(
+    strategies: Callable[[int], Strategy], state: Any, journal: Journal, advance: Callable[[Any, int], Any]
+) -> Any:
+    """The state after the generations of a journal that it has not been told, each by the strategy of its time."""
+    for number, entry in enumerate(journal.generations[int(state.generation) :], int(state.generation)):
+        strategy = strategies(number)
+        state = told(strategy, advance(strategy.renewed(state), number), entry)
     return state

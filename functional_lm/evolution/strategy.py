@@ -73,11 +73,16 @@ def generation_of(state: State) -> int:
     return int(state.generation)
 
 
+def unchanged(state: Any) -> Any:
+    return state
+
+
 class Strategy(NamedTuple):
     """The functions of one strategy. `dense` makes plain leaves of what `ask` gave for one member.
 
     With more than one figure, fitness is [P, figures]. `told` are numbers about a state for its records. What is
-    measured at states of the same `batch` is ranked together, and on the same minibatch.
+    measured at states of the same `batch` is ranked together, and on the same minibatch. `renewed` is a state with this
+    strategy's numbers in place of those that it was saved with.
     """
 
     name: str
@@ -90,6 +95,7 @@ class Strategy(NamedTuple):
     figures: int = 1
     told: Callable[[Any], dict[str, float]] = nothing
     batch: Callable[[Any], int] = generation_of
+    renewed: Callable[[Any], Any] = unchanged
 
 
 def unmoved(population: int = 1) -> Strategy:

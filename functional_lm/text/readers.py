@@ -205,22 +205,40 @@ def _read_parquet(opened: Opened, skip: int, convert: Convert = rows_of.document
     try:
         file = parquet.ParquetFile(opened.raw, pre_buffer=False)
         fields = list(rows_of.fields_of(file.schema_arrow.names, str(opened.path)))
-        for number, row in _parquet_rows(file, fields, skip):
-            yield convert(row, f"{opened.path}, row {number}")
+        for row, where in _parquet_rows(file, fields, skip, opened.path):
+            yield convert(row, where)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{opened.path} is no Parquet file or damaged ({' '.join(str(error).split())})") from error
 
 
-def _parquet_rows(file: Any, fields: list[str], skip: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows behind the first `skip`, with their numbers from 1; groups of rows before them are not read."""
+def _parquet_rows(file: Any, fields: list[str], skip: int, path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows behind the first `skip`, with their places from 1; groups of rows before them are not read.
+
+    Raises DataError for a row that is too long. In groups that could hold one, rows are read one by one.
+    """
     first = 1
     for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if first + count - 1 > skip:
-            batches = file.iter_batches(PARQUET_ROWS, [group], fields, use_threads=False)
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from ((number, row) for number, row in enumerate(rows, first) if number > skip)
-        first += count
+        about = file.metadata.row_group(group)
+        if first + about.num_rows - 1 > skip:
+            at_once = PARQUET_ROWS if about.total_byte_size <= json_list.LONGEST else 1
+            batches = file.iter_batches(at_once, [group], fields, use_threads=False)
+            rows = chain.from_iterable(map(_parquet_batch, batches))
+            for number, row in enumerate(rows, first):
+                if row is None:
+                    raise DataError(f"{path}, row {number} {_too_long()}")
+                if number > skip:
+                    yield row, f"{path}, row {number}"
+        first += about.num_rows
+
+
+def _parquet_batch(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """Its rows; None for one that is too long."""
+    if batch.nbytes <= json_list.LONGEST:
+        yield from batch.to_pylist()
+        return
+    for number in range(batch.num_rows):
+        row = batch.slice(number, 1)
+        yield row.to_pylist()[0] if row.nbytes <= json_list.LONGEST else None
 
 
 def _read_dataset(opened: Opened, skip: int) -> Iterator[Document]:

@@ -81,7 +81,13 @@ class Saver:
 
 
 class Verified:
-    """Which checkpoints are whole, each read once as long as nobody writes to it."""
+    """Which checkpoints are whole, each read once as long as nobody writes to it.
+
+    What a disk loses unseen, without a write, is not noticed before the next process reads it: until then such a
+    checkpoint counts and may keep an older one from being kept. It never costs the last whole one, because a run prunes
+    only behind a save, and what was synced just then is kept; a disk that loses that within the moment is not guarded
+    against, since to read every checkpoint back is a second digest of every byte.
+    """
 
     def __init__(self, reason: Callable[[Path], str | None]) -> None:
         self._reason = reason
