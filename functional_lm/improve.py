@@ -67,7 +67,7 @@ def run(options: ImproveFlags) -> int:
         record, log = before or (_record(options, digest, text), [])
         files.write_json(out / RECORD, record)
         _settle(out, source, log)
-        return _rounds(options, out, model, asker, log, record.get("since", 0))
+        return _rounds(options, out, model, asker, log, record["since"])
 
 
 def _on_this_machine(options: ImproveFlags) -> ImproveFlags:
@@ -93,8 +93,8 @@ def _as_json(options: ImproveFlags) -> dict[str, Any]:
 
 
 def _record(options: ImproveFlags, digest: str, text: str) -> dict[str, Any]:
-    """Under which flags rounds are, and what they began with."""
-    return {"flags": _as_json(options), "digest": digest, "text": text}
+    """Under which flags rounds are, since which one, and what they began with."""
+    return {"flags": _as_json(options), "digest": digest, "text": text, "since": 0, "earlier": []}
 
 
 def _opened(
