@@ -488,7 +488,7 @@ def test_a_function_that_was_changed_makes_another_run(
     assert scored("'x'") == 1
     assert scored("len(text)") == 0
     assert scored("-len(text)", "--generations", "2") == 2
-    assert "holds another run (fairness:score has changed); choose" in capsys.readouterr().err
+    assert "holds another run (fairness:score has changed); --override goes on all the same" in capsys.readouterr().err
     monkeypatch.setattr(evolve_surroundings, "processor", lambda options: "abacus")
     assert scored("len(text)", "--generations", "2") == 0
     assert ", now abacus: the last bits of its numbers may differ" in capsys.readouterr().out
