@@ -59,7 +59,8 @@ def changes(options: EvolveFlags, journal: Journal, out: Path) -> list[str]:
     Raises UsageError, without `--override` for any, and always for those that cannot change.
     """
     # A flag that is younger than the journal was what it is where it is not given.
-    before, now = as_json(EvolveFlags()) | journal.header["flags"], as_json(options)
+    before, now = (run_folder.as_json(dataclasses.asdict(flags)) for flags in (EvolveFlags(), options))
+    before |= journal.header["flags"]
     names = [name for name in evolve_flags.fixed(options) if not run_folder.same(name, before[name], now[name])]
     found = [f"--{name} was {before[name]}, is {now[name]}" for name in names]
     found += surroundings.changed_functions(options, journal.header)
@@ -79,10 +80,6 @@ def obstacle(name: str, options: EvolveFlags) -> str | None:
         return None
     other = "members are trained and measured with it" if trains else f"{options.strategy} reads it once or not"
     return next((why for why, names in WHY.items() if name in names), other)
-
-
-def as_json(options: EvolveFlags) -> dict[str, Any]:
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(options).items()}
 
 
 def flags_of(header: Mapping[str, Any], what: str) -> EvolveFlags:

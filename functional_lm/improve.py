@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, files
+from functional_lm import console, files, run_folder
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
 from functional_lm.improve_asking import Asker, asker_of
@@ -42,7 +42,7 @@ FREE = ("out", "rounds", "timeout", "override")  # what may change when rounds g
 
 def run(options: ImproveFlags) -> int:
     """All rounds; returns the exit code. What cannot be meant is refused before anything is written."""
-    from functional_lm import folder, run_folder, run_saving, seal, tree
+    from functional_lm import folder, run_saving, seal, tree
     from functional_lm.text import conversations, corpus
 
     out, source = Path(options.out), Path(options.model)
@@ -84,17 +84,13 @@ def _on_this_machine(options: ImproveFlags) -> ImproveFlags:
     )
 
 
-def _as_json(options: ImproveFlags) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options)))
-    return made
-
-
 # Which rounds there are -----------------------------------------------------------------------------------------------
 
 
 def _record(options: ImproveFlags, digest: str, text: str) -> dict[str, Any]:
     """Under which flags rounds are, since which one, and what they began with."""
-    return {"flags": _as_json(options), "digest": digest, "text": text, "since": 0, "earlier": []}
+    flags = run_folder.as_json(dataclasses.asdict(options))
+    return {"flags": flags, "digest": digest, "text": text, "since": 0, "earlier": []}
 
 
 def _opened(
@@ -105,8 +101,6 @@ def _opened(
     With `--override` the record becomes that of these flags, `since` so many rounds; what was measured does not compare
     with what will be. The one before is the last of `earlier`.
     """
-    from functional_lm import run_folder
-
     if not (out / RECORD).is_file():
         return None
     try:
@@ -121,7 +115,7 @@ def _opened(
         raise DataError(f"{out} began with another model ({base[:12]}) than the one in {options.model} ({digest[:12]})")
     changes = [
         f"--{name} was {before.get(name)}, is {now}"
-        for name, now in _as_json(options).items()
+        for name, now in run_folder.as_json(dataclasses.asdict(options)).items()
         if name not in FREE and not run_folder.same(name, before.get(name), now)
     ]
     if record.get("text", text) != text:  # rounds of an earlier version did not note it
@@ -224,14 +218,10 @@ def _rounds(options: ImproveFlags, out: Path, model: Model, asker: Asker, log: l
             params, value = found, after
         _clear(out, number)
         console.say(_said(entry, options))
-    gained = sum(1 for entry in _read(out) if entry["accepted"])
+    gained = sum(1 for entry in _log(out) if entry["accepted"])
     console.say(f"{options.rounds} rounds, {gained} accepted; the model is in {out}; go on with: "
                 f"python -m functional_lm.chat --model {out}")  # fmt: skip
     return 0
-
-
-def _read(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / LOG).read_text(encoding="utf-8").splitlines()]
 
 
 def _answers(options: ImproveFlags, asker: Asker, params: Tree, number: int) -> list[Answer]:

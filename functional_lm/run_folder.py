@@ -183,7 +183,7 @@ def agree(
 
 def _differences(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
     """Every flag that changes what is computed, before and now."""
-    before, now = earlier["options"] | earlier["overrides"], fixed(flags) | _as_json(dict(overrides))
+    before, now = earlier["options"] | earlier["overrides"], fixed(flags) | as_json(dict(overrides))
     if flags.block_size is None:
         before, now = ({**values, "block_size": None} for values in (before, now))
     if flags.device != "cpu":
@@ -214,10 +214,11 @@ def fixed(flags: TrainingFlags) -> dict[str, Any]:
 
 def _fixed(options: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name for flag, names in training_flags.HANGING.items() if options.get(flag) for name in names}
-    return _as_json({k: v for k, v in options.items() if k not in training_flags.FREE - kept})
+    return as_json({k: v for k, v in options.items() if k not in training_flags.FREE - kept})
 
 
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as a file gives them back."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -229,7 +230,7 @@ def check_inputs(checkpoint: Path, record: Mapping[str, Any], override: bool) ->
     from functional_lm.training import checkpoint as checkpoints
 
     earlier = checkpoints.notes(checkpoint)["run"]
-    model, had = _as_json(record["model"]), earlier["model"]
+    model, had = as_json(record["model"]), earlier["model"]
     changes = [f"{name} was {had.get(name)}, is {model[name]}" for name in model if had.get(name) != model[name]]
     inputs = record["inputs"]
     changes += [f"the {name} has changed" for name in inputs if earlier["inputs"].get(name) != inputs[name]]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from functional_lm import disk, files
+from functional_lm import disk, files, seal
 
 
 class Journal:
@@ -27,7 +25,7 @@ class Journal:
         self._streams: dict[str, IO[bytes]] = {}
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             note = files.read_json(folder / "journal.json")
-            intact = note.pop("check") == _check(note)
+            intact = note.pop("check") == seal.own(note)
             held = all((folder / name).stat().st_size >= length for name, length in note["lengths"].items())
             if intact and note["key"] == key and held:
                 self.memory, self._lengths = note["memory"], note["lengths"]
@@ -46,7 +44,7 @@ class Journal:
             disk.sync_file(stream)
         self._lengths = {name: os.fstat(stream.fileno()).st_size for name, stream in self._streams.items()}
         note = {"key": self._key, "lengths": self._lengths, "memory": memory}
-        files.write_json(self.folder / "journal.json", {**note, "check": _check(note)})
+        files.write_json(self.folder / "journal.json", {**note, "check": seal.own(note)})
         self.memory = memory
 
     def discard(self) -> None:
@@ -63,11 +61,6 @@ class Journal:
     def close(self) -> None:
         for stream in self._streams.values():
             stream.close()
-
-
-def _check(note: Mapping[str, Any]) -> str:
-    """What tells a note that a fault of the disk has changed from the one that was written."""
-    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
