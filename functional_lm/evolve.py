@@ -5,24 +5,30 @@ Parse, wire, print; the mathematics is in `evolution/`. torch is imported when t
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, disk, evolve_checks, evolve_flags, evolve_override, files, run_folder
-from functional_lm import evolve_surroundings as surroundings
+from functional_lm import (
+    console,
+    disk,
+    evolve_checks,
+    evolve_flags,
+    evolve_memory,
+    evolve_override,
+    evolve_replay,
+    run_folder,
+)
+from functional_lm import evolve_start as start
 from functional_lm.cli import Command, main_single
-from functional_lm.errors import DataError, UsageError
+from functional_lm.errors import UsageError
 from functional_lm.evolution import ranks
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_result import finish, usual_choice
-from functional_lm.evolve_search import Evolution, evolution_of, key_of
-from functional_lm.evolve_task import Task, chunk_of, task_of
+from functional_lm.evolve_result import finish
+from functional_lm.evolve_search import Evolution, evolution_of
+from functional_lm.evolve_task import Task, task_of
 from functional_lm.run_saving import finishing, unwritten
 
 if TYPE_CHECKING:
@@ -32,10 +38,9 @@ if TYPE_CHECKING:
     from functional_lm.evolution.loop import Outcome, Plan
     from functional_lm.evolution.population import Share
     from functional_lm.evolution.ranks import Group
-    from functional_lm.evolution.strategy import Candidates, Strategy
+    from functional_lm.evolution.strategy import Candidates
     from functional_lm.text.corpus import Corpus
     from functional_lm.training.record import Values
-    from functional_lm.tree import Tree
 
 
 def run(options: EvolveFlags) -> int:
@@ -43,7 +48,7 @@ def run(options: EvolveFlags) -> int:
     with ranks.joined(options.device, options.rank_timeout) as group:
         evolve_checks.check(options)
         if options.action == "replay":
-            return _replay(options) if group.first else 0
+            return evolve_replay.replay(options) if group.first else 0
         from functional_lm.text import corpus
 
         out = Path(options.out)
@@ -54,13 +59,13 @@ def run(options: EvolveFlags) -> int:
                 "torchrun, or choose another strategy"
             )
         if not group.first:
-            return _evolve(_on_this_machine(options), found, out, group)
+            return _evolve(start.on_this_machine(options), found, out, group)
         if options.overwrite:
             read = [("model", options.model), ("adapter", options.adapter), *(("data", path) for path in found.files)]
             read += [("base", options.base), *(("models", path) for path in options.models)]
             run_folder.check_overwrite(out, read)
         with run_folder.held(out):
-            return _evolve(_on_this_machine(options), found, out, group)
+            return _evolve(start.on_this_machine(options), found, out, group)
 
 
 def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int:
@@ -68,27 +73,29 @@ def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int
     from functional_lm.evolution import loop
 
     started = time.perf_counter()
-    journal, changes = group.in_turn("open", lambda: _opened(options, out, group.first))
+    journal, changes = group.in_turn("open", lambda: start.opened(options, out, group.first))
     evolution = evolution_of(options)
 
     def divide(tokens: int) -> Share:
-        return _share(options, evolution, None if changes else journal, tokens, group)
+        return start.share(options, evolution, None if changes else journal, tokens, group)
 
     task = group.in_turn("data", lambda: task_of(options, evolution, found, out, divide))
-    with surroundings.room(options, task.share.size):
+    with evolve_memory.room(options, task.share.size):
         if journal is None:
-            state = _start(options, evolution, evolution.strategy)
+            state = start.first_state(options, evolution, evolution.strategy)
         else:
-            _check_base(journal, evolution, evolve_flags.origin(options))
-            changes += _check_data(options, journal, task)
-            _say_changes(options, journal, task)
+            start.check_base(journal, evolution, evolve_flags.origin(options))
+            changes += start.check_data(options, journal, task)
+            start.say_changes(options, journal, task)
             strategies = evolve_override.strategies(options, evolution, journal)
-            state = loop.resumed(strategies, _start(options, evolution, strategies(0)), journal, out, task.advance)
+            state = loop.resumed(
+                strategies, start.first_state(options, evolution, strategies(0)), journal, out, task.advance
+            )
             state = evolution.strategy.renewed(state)
             console.say(f"going on with {out} from generation {int(state.generation)}")
-        group.check_same(_facts(options, evolution, task, state))
+        group.check_same(start.facts(options, evolution, task, state))
         if journal is None or changes:
-            journal = _noted(options, evolution, task, journal, out, group)
+            journal = start.noted(options, evolution, task, journal, out, group)
         console.say(_intention(options, evolution, task, group))
         outcome = _run(options, evolution, task, state, journal, out, group)
     if outcome.ended == "interrupted":
@@ -99,146 +106,6 @@ def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int
         with disk.never_made(out), finishing():
             finish(options, evolution, task, outcome, out, started)
     return 0
-
-
-def _start(options: EvolveFlags, evolution: Evolution, strategy: Strategy) -> Any:
-    """The state before the first generation."""
-    from functional_lm import keys
-
-    return strategy.init(keys.fold_in_name(key_of(options), "evolution"), evolution.space.start)
-
-
-# Before any work ------------------------------------------------------------------------------------------------------
-
-
-def _on_this_machine(options: EvolveFlags) -> EvolveFlags:
-    from functional_lm import compile as compiling
-
-    device = compiling.resolve_device(options.device)
-    dtype = str(compiling.resolve_dtype(options.dtype, device)).removeprefix("torch.")
-    obstacle = compiling.obstacle(device) if options.compile else None
-    if obstacle:
-        console.say(f"running without compilation, several times slower: {obstacle}")
-    return dataclasses.replace(options, device=str(device), dtype=dtype, compile=options.compile and obstacle is None)
-
-
-def _opened(options: EvolveFlags, out: Path, writes: bool) -> tuple[Journal | None, list[str]]:
-    """The journal to go on with, None for a new run, and what makes it another one.
-
-    Raises UsageError where `out` holds something else.
-    """
-    journal = _journal(options, out)
-    changes = evolve_override.changes(options, journal, out) if journal else []
-    if writes:
-        run_folder.make(out, options.overwrite)
-    return journal, changes
-
-
-def _journal(options: EvolveFlags, out: Path) -> Journal | None:
-    from functional_lm.evolution import journal as journals
-
-    path = out / journals.NAME
-    if options.overwrite:
-        return None
-    run_folder.check_free(out, "evolution")
-    if not (path.exists() or run_folder.holds_model(out)):
-        return None
-    if options.resume == "never" or not path.exists():
-        raise UsageError(f"{out} already holds a run; choose another --out, or --overwrite it")
-    journal = journals.read(path)
-    if not (journal.generations or journal.end):
-        return None  # nothing was measured: it may begin as another one
-    if journal.cut:
-        console.say(f"the last line of {path} was cut off; its generation is measured again")
-    return journal
-
-
-def _check_base(journal: Journal, evolution: Evolution, path: str) -> None:
-    if journal.header["digest"] != evolution.digest:
-        raise DataError(
-            f"{journal.path} began with another model ({journal.header['digest'][:12]}) than the one in {path} "
-            f"({evolution.digest[:12]})"
-        )
-
-
-def _share(options: EvolveFlags, evolution: Evolution, journal: Journal | None, tokens: int, group: Group) -> Share:
-    """What this rank measures. Chunks are as large as the flag says, or as they were, or as memory and ranks allow."""
-    from functional_lm.evolution import population
-
-    if options.space in evolve_flags.TRAINING:
-        from functional_lm import evolve_trained
-
-        size = evolve_trained.chunk_of(options, evolution.model, group.count)
-    else:
-        size = chunk_of(options, evolution, tokens)
-    if options.chunk_size == "auto":
-        size = journal.header["chunk"] if journal else min(size, max(1, options.population // group.count))
-    return population.share(options.population, size, group.rank, group.count)
-
-
-def _facts(options: EvolveFlags, evolution: Evolution, task: Task, state: Any) -> dict[str, str]:
-    """What has to be the same for every rank. `state` says that all of them read the journal of one folder."""
-    from functional_lm import tree
-
-    machine = surroundings.machine(options)
-    return {
-        "version of torch": machine.pop("torch"),
-        "kind of processor, or number of threads,": f"{options.compile} {machine}",
-        "set of flags": f"{dataclasses.astuple(options)}",
-        "model": evolution.digest,
-        "text": task.digest,
-        "function of fitness": f"{surroundings.functions(options)}",
-        "chunk size": f"{task.share.size}",
-        "state (does it see another --out?)": f"{int(state.generation)} {tree.digest(state.centre)}",
-    }
-
-
-def _check_data(options: EvolveFlags, journal: Journal, task: Task) -> list[str]:
-    """Raise DataError for another text, which `--override` takes where nothing is trained on it."""
-    if journal.header.get("data", task.digest) == task.digest:
-        return []
-    if evolve_override.obstacle("data", options):
-        raise DataError(f"{journal.path} began with another text: the one in --data has changed; --overwrite the run")
-    changes = ["the text has changed"]
-    run_folder.agree(f"{journal.path} began with another text", changes, options.override, kind=DataError)
-    return changes
-
-
-def _say_changes(options: EvolveFlags, journal: Journal, task: Task) -> None:
-    """What may change the last bits of a run that goes on."""
-    now = {**surroundings.machine(options), "chunk": task.share.size}
-    if changes := surroundings.differences(now, journal.header):
-        console.say(f"the run began with {'; '.join(changes)}: the last bits of its numbers may differ")
-
-
-def _noted(
-    options: EvolveFlags, evolution: Evolution, task: Task, journal: Journal | None, out: Path, group: Group
-) -> Journal:
-    """What a run is from here on: every flag, the tokenizer, a line of the journal. Rank 0 writes."""
-    import torch
-
-    import functional_lm
-    from functional_lm.evolution import journal as journals
-
-    versions = {"functional_lm": functional_lm.__version__, "torch": torch.__version__}
-    flags = dataclasses.asdict(options)
-    settings = {
-        "flags": flags,
-        "digest": evolution.digest,
-        "data": task.digest,
-        "functions": surroundings.functions(options),
-        "processor": surroundings.processor(options),
-        "threads": torch.get_num_threads(),
-        "chunk": task.share.size,
-        "ranks": group.count,
-        "versions": versions,
-    }
-    line = journals.header_of(settings, len(journal.generations) if journal else 0)
-    if not group.first:
-        return journals.remembered(journal or journals.Journal(out / journals.NAME, [], [], None, "", 0, False), line)
-    files.write_json(out / "run.json", {"kind": "evolution", "options": flags, "versions": versions})
-    evolution.model.tokenizer.save(out)
-    return journals.append(journal, line) if journal else journals.begin(out / journals.NAME, settings)
 
 
 # The run and its end --------------------------------------------------------------------------------------------------
@@ -312,84 +179,6 @@ def _run(
 
         hooks = loop.Hooks(measure, record, validate, advance, task.describe, agree, group.hurry)
         return loop.run(strategy, state, journal, plan, hooks, out)
-
-
-# Replay ---------------------------------------------------------------------------------------------------------------
-
-
-def _replay(options: EvolveFlags) -> int:
-    """The weights that a journal describes, from the base alone (and the data, where members train). Nothing is
-    measured."""
-    from functional_lm import tree
-    from functional_lm.evolution import journal as journals
-    from functional_lm.evolution import loop
-
-    journal = journals.read(str(options.journal))
-    flags = evolve_override.flags_of(journal.header, f"{journal.path}")
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("model", "data") if getattr(options, name)}
-    began = dataclasses.replace(flags, **given, device=flags.device if options.device == "auto" else options.device)
-    out = Path(options.out) if options.out != EvolveFlags.out else Path(f"{began.out}-replayed")
-    files.refuse_existing(out)
-    began = _on_this_machine(began)
-    if began.compile != flags.compile:
-        console.say("the journal's run was compiled and this machine cannot: the last bits may differ")
-    evolution = evolution_of(began)
-    _check_base(journal, evolution, evolve_flags.origin(began))
-    if journal.cut:
-        console.say(f"the last line of {journal.path} was cut off and is left out")
-    strategies = evolve_override.strategies(began, evolution, journal)
-    with _trained(began, evolution, journal) as (advance, whole):
-        state = loop.retold(strategies, _start(began, evolution, strategies(0)), journal, advance)
-        end = journal.end if journal.end and journal.end["generation"] == len(journal.generations) else None
-        kept = end["kept"] if end else usual_choice(began)
-        leaves = state.centre if kept == "centre" else state.best
-        written = whole(leaves)
-    same = end is not None and tree.digest(leaves) == end["digest"]
-    with files.writing_folder(out) as temporary:
-        evolution.model.tokenizer.save(temporary)
-        evolution.write(temporary, written)
-    console.say(
-        f"{_done_again(began, len(journal.generations))}, nothing measured; "
-        + ("the weights are those of the run, bit for bit" if same else _unlike(began, journal, end is not None))
-    )
-    console.say(f"the {evolution.what} is in {out}; go on with: {evolution.use} {out} --prompt TEXT")
-    return 0
-
-
-def _done_again(options: EvolveFlags, count: int) -> str:
-    if options.strategy == "pbt":
-        return f"{count} generations trained again on {options.data}"
-    if options.space in evolve_flags.TRAINING:
-        return f"{count} generations told again, the one that is kept trained again on {options.data}"
-    return f"{count} generations told again"
-
-
-@contextmanager
-def _trained(
-    options: EvolveFlags, evolution: Evolution, journal: Journal
-) -> Iterator[tuple[Callable[[Any, int], Any], Callable[[Tree], Any]]]:
-    """What brings a state to where it was measured, and leaves to what is written: nothing, but where both train."""
-    if options.space not in evolve_flags.TRAINING:
-        yield (lambda state, number: state), (lambda leaves: leaves)
-        return
-    from functional_lm.text import corpus
-
-    with tempfile.TemporaryDirectory() as place:
-
-        def divide(tokens: int) -> Share:
-            return _share(options, evolution, journal, tokens, ranks.Group())
-
-        task = task_of(options, evolution, corpus.find(str(options.data)), Path(place), divide)
-        _check_data(options, journal, task)
-        yield task.advance, task.whole
-
-
-def _unlike(options: EvolveFlags, journal: Journal, ended: bool) -> str:
-    if not ended:
-        return "the journal does not say how the run ended, so there is nothing to compare with"
-    changes = surroundings.differences(surroundings.machine(options), journal.header)
-    why = f" (it had {'; '.join(changes)})" if changes else ""
-    return f"the weights differ from the run's in some bits{why}"
 
 
 COMMAND = Command(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from functional_lm import evolve_flags
-from functional_lm.errors import FunctionalLMError
 from functional_lm.evolve_flags import EvolveFlags
 
 
@@ -56,22 +54,3 @@ def differences(now: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:
     """Of these facts and those in a journal's header: `threads 2, now 1`."""
     before = {**header, "torch": header["versions"]["torch"]}
     return [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-
-
-@contextmanager
-def room(options: EvolveFlags, at_once: int) -> Iterator[None]:
-    """Where memory does not hold what is computed, what needs less is said. Raises FunctionalLMError."""
-    from functional_lm.trainer import out_of_memory
-
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        fewer = at_once > 1 and options.strategy != "pbt"
-        now = f"--chunk_size {at_once // 2} goes on with fewer of them; " if fewer else ""
-        stored = options.strategy in evolve_flags.ESTIMATING and options.noise == "stored"
-        raise FunctionalLMError(
-            f"out of memory with {options.population} members, {at_once} at once; {now}a new run needs less "
-            f"with a smaller --batch_size or --population{', or --noise regenerated' if stored else ''}"
-        ) from error

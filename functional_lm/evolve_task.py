@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from functional_lm import console, evolve_flags
+from functional_lm import evolve_flags
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_search import Evolution, key_of, own_numbers
+from functional_lm.evolve_search import Evolution, key_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -260,33 +259,3 @@ def _wrap(options: EvolveFlags) -> Callable[[Callable[..., Any]], Callable[..., 
     from functional_lm.compile import compiled
 
     return lambda function: compiled(function, enabled=options.compile)
-
-
-def chunk_of(options: EvolveFlags, evolution: Evolution, tokens: int) -> int:
-    """Members at once, from the flag or from memory. Raises UsageError for more members than memory holds."""
-    import torch
-
-    from functional_lm.evolution import memory
-
-    if options.chunk_size != "auto":
-        return int(options.chunk_size)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    numbers, free = own_numbers(options, evolution.space.start), memory.free_memory(device)
-    writes = any(map(evolve_flags.answers, evolve_flags.figures(options)))
-    copy = dtype.itemsize if dtype.itemsize < 4 else 0  # what is computed with
-    own = (4 + copy) * numbers + 4 * evolution.space.makes
-    each = memory.member_bytes(evolution.model.config, tokens, own, dtype, writes)
-
-    def held(population: int) -> int:
-        cells = math.prod(evolve_flags.grid(options)[0]) if options.descriptor else 0
-        return memory.held(options.strategy, population, numbers, options.noise == "regenerated", cells)
-
-    left = free - held(options.population)
-    if left < each and free != memory.UNKNOWN:
-        fits = int((free - each - held(0)) // max(1, held(1) - held(0)))
-        least = f"--population {fits - fits % 2} fits" if fits > 3 else "evolve fewer numbers"
-        raise UsageError(
-            f"--population {options.population}: {options.strategy} holds {console.size(held(options.population))} of "
-            f"them at once, and {console.size(free)} are free; {least}, --chunk_size 1 tries it all the same"
-        )
-    return memory.automatic_chunk(options.population, each, tokens, left, device.type)
