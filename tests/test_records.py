@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -104,7 +105,9 @@ def test_rounds_that_nobody_began_are_damaged(tmp_path: Path, record: str) -> No
 @pytest.mark.parametrize("line", ["[]", "5", DEEP, '{"round": 2}', '{"round": 1}', '{"round": 1, "accepted": "x"}'])
 def test_a_round_that_nobody_made_is_refused(tmp_path: Path, line: str) -> None:
     options = ImproveFlags(model="m", data="d", out=str(tmp_path))
-    files.write_json(tmp_path / improve.RECORD, {"flags": improve._as_json(options), "digest": "a"})
+    files.write_json(
+        tmp_path / improve.RECORD, {"flags": run_folder.as_json(dataclasses.asdict(options)), "digest": "a"}
+    )
     (tmp_path / improve.LOG).write_text(line + "\n")
     with pytest.raises(DataError, match="line 1 is not that of round 1"):
         improve._opened(options, tmp_path, "a", "t")

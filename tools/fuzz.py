@@ -300,7 +300,8 @@ def records(root: Path) -> list[Parser]:
     files.write_json(root / "sampled" / sampling_settings.NAME, {**sampling_settings.USUAL, "eos_token_id": 1})
     rounds = ImproveFlags(model="m", data="d", out=str(root / "improved"))
     files.write_json(
-        root / "improved" / improve.RECORD, {"flags": improve._as_json(rounds), "digest": "a", "text": "t"}
+        root / "improved" / improve.RECORD,
+        {"flags": run_folder.as_json(dataclasses.asdict(rounds)), "digest": "a", "text": "t"},
     )
     tree.save({"w": torch.ones(2)}, root / "improved" / "model.safetensors")
     line = {"round": 1, "accepted": True, "digest": tree.digest({"w": torch.ones(2)}), "held_out": 0.5}
