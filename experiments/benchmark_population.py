@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from functional_lm import compile as compiling
-from functional_lm import console, keys, tree
+from functional_lm import console, kernels, keys, tree
 from functional_lm.compile import compiled
 from functional_lm.evolution import eggroll, fitness, gradient, population, spaces
 from functional_lm.model import transformer
@@ -70,7 +70,7 @@ def side(
     candidates = strategy.ask(strategy.init(keys.key(0), space.start))
     objective = fitness.loss(config)
     prepared = population.preparation(strategy, space, dtype)(candidates)
-    make = compiled(population.making(strategy, space, dtype))
+    make = compiled(population.making(strategy, space, dtype, with_kernels=kernels.obstacle() is None))
     measure = compiled(population.measuring(space, objective, dtype))
     parts = list(population.chunks(candidates.own, members, population.share(members, chunk)))
     frozen, shared = prepared

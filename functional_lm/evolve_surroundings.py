@@ -47,7 +47,28 @@ def machine(options: EvolveFlags) -> dict[str, Any]:
     """What the last bits of floats depend on."""
     import torch
 
-    return {"processor": processor(options), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "processor": processor(options),
+        "threads": torch.get_num_threads(),
+        "kernels": kernels_of(options),
+        "torch": torch.__version__,
+    }
+
+
+def asks_for_kernels(options: EvolveFlags) -> bool:
+    """Whether members have adapters or low-rank noise of their own, computed where there is a kernel for them."""
+    low_rank = options.space == "lora" or options.strategy == "eggroll"
+    return low_rank and options.compile and options.device == "cpu" and options.dtype in ("float32", "bfloat16")
+
+
+def kernels_of(options: EvolveFlags) -> str:
+    return "own" if with_kernels(options) else "torch's"
+
+
+def with_kernels(options: EvolveFlags) -> bool:
+    from functional_lm import kernels
+
+    return asks_for_kernels(options) and kernels.obstacle() is None
 
 
 def differences(now: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:

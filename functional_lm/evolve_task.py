@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm import evolve_flags
+from functional_lm import evolve_surroundings as surroundings
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_search import Evolution, key_of
@@ -158,7 +159,14 @@ def _read(options: EvolveFlags, evolution: Evolution, source: Source, names: tup
     measured = fitness.several([objective, *others]) if others else objective
     part, dtype = divide(source.tokens), getattr(torch, options.dtype)
     evaluate = population.evaluator(
-        evolution.strategy, evolution.space, measured, dtype, part.size, _wrap(options), part
+        evolution.strategy,
+        evolution.space,
+        measured,
+        dtype,
+        part.size,
+        _wrap(options),
+        part,
+        surroundings.with_kernels(options),
     )
     return Task(
         lambda candidates, number: evaluate(candidates, source.batch(number)),
@@ -207,7 +215,10 @@ def _answered(
     asked = task.questions(found, model, options.val_fraction, options.seed, options.chat, options.max_tokens)
     tokens = options.batch_size * (asked.length + options.max_tokens)
     part = divide(tokens)
-    how = answers.Answering(options.max_tokens, asked.stops, options.temperature, part.size, options.compile, part)
+    with_kernels = surroundings.with_kernels(options)
+    how = answers.Answering(
+        options.max_tokens, asked.stops, options.temperature, part.size, options.compile, part, with_kernels
+    )
     answerer = _answerer(options)
     answer = answerer(evolution.strategy, evolution.space, model.config, how, dtype)
     draws = keys.fold_in_name(key_of(options), "answers")
@@ -226,7 +237,7 @@ def _answered(
         return scored(answer(candidates, task.prompts(asked, rows, device), keys.fold_in(draws, number)), rows)
 
     single = unmoved()
-    eager = dataclasses.replace(how, compile=False, chunk=None, part=None)
+    eager = dataclasses.replace(how, compile=False, chunk=None, part=None, with_kernels=False)
     alone = answerer(single, evolution.space, model.config, eager, dtype)
 
     def held_out(leaves: Tree) -> float:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from functional_lm import kernels, keys, tree
+from functional_lm.compile import compiled
 from functional_lm.inference import cache as kv
 from functional_lm.kernels import layout
 from functional_lm.model import lora, quantize
@@ -204,3 +206,76 @@ def test_an_adapter_hangs_on_blocks_as_on_weights(dora):
         cache = kv.init(CONFIG, 2, 8, torch.float32)
         said.append(forward_cached(lora.attach(weights, adapter), cache, tokens, at, CONFIG)[1])
     torch.testing.assert_close(said[1], said[0], rtol=1e-4, atol=1e-4)
+
+
+# What low-rank noise adds ---------------------------------------------------------------------------------------------
+
+
+def members(seed: int, sizes: tuple[int, int, int, int, int], kind: torch.dtype) -> tuple[Tensor, Tensor, tree.Tree]:
+    """x [P, M, in], y [P, M, out] and adapters [P, ...] as `thin` lays them out."""
+    count, rows, inputs, outputs, rank = sizes
+    own = {"lora_A": normal(seed + 2, count, rank, inputs), "lora_B": normal(seed + 3, count, outputs, rank)}
+    noise = {"a": {**tree.cast(own, kind), "lora_scale": normal(seed + 4, count)}}
+    x, y = normal(seed, count, rows, inputs).to(kind), normal(seed + 1, count, rows, outputs).to(kind)
+    return x, y, torch.vmap(layout.thin)(noise)["a"]
+
+
+SIZES = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 70), st.integers(1, 40), st.integers(1, 9))
+
+
+@settings(max_examples=60)
+@given(SIZES, KINDS, st.integers(0, 99))
+def test_low_rank_noise_is_two_thin_products(sizes, kind, seed):
+    x, y, params = members(seed, sizes, kind)
+    wanted = kernels.pure_low_rank(x, y, *(params[name] for name in layout.THIN), params["lora_scale"])
+    before = y.clone()
+    close = {"rtol": 1e-2, "atol": 2e-2} if kind == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(torch.vmap(kernels.low_rank)(x, y.clone(), params), wanted, **close)
+    for member in range(len(x)):
+        alone = kernels.low_rank(x[member], y[member], tree.index(params, member))
+        torch.testing.assert_close(alone, wanted[member], **close)
+    assert torch.equal(y, before)  # outside of vmap nobody's tensor is written to
+
+
+@settings(max_examples=40)
+@given(SIZES, KINDS, st.integers(0, 99))
+def test_a_members_noise_says_the_same_bits_in_any_company(sizes, kind, seed):
+    """Alone and among members, a row and all rows, shared or not, a part of a wider product, on 1 thread and on 3."""
+    x, y, params = members(seed, sizes, kind)
+    together = torch.vmap(kernels.low_rank)(x, y.clone(), params)
+    wide = torch.cat([y, y, y], -1)
+    part = wide[..., y.shape[-1] : 2 * y.shape[-1]]
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(torch.vmap(kernels.low_rank)(x, part, params), together)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(wide[..., : y.shape[-1]], y)
+    for member in range(len(x)):
+        own = tree.index(params, member)
+        for row in range(x.shape[1]):
+            assert torch.equal(kernels.low_rank(x[member, row], y[member, row], own), together[member, row])
+    shared = torch.vmap(kernels.low_rank, (None, None, 0))(x[0], y[0], params)
+    assert torch.equal(shared[0], together[0])
+    assert torch.equal(
+        shared, torch.stack([kernels.low_rank(x[0], y[0], tree.index(params, p)) for p in range(len(x))])
+    )
+
+
+def test_a_compiled_product_and_its_noise_are_the_eager_ones():
+    """Fused products, of which each part has noise of its own and is written to in place."""
+    weight, (x, _, first) = normal(9, 48, 32), members(0, (3, 5, 32, 16, 4), torch.float32)
+    parts = [first, *(members(seed, (3, 5, 32, 16, 4), torch.float32)[2] for seed in (10, 20))]
+
+    def three(x: Tensor, parts: list[tree.Tree]) -> Tensor:
+        products = (x @ weight.mT).split(16, -1)
+        a, b, c = (kernels.low_rank(x, y, part) for y, part in zip(products, parts))
+        return a * b + c
+
+    eager = torch.vmap(three)(x, parts)
+    pure = [
+        kernels.pure_low_rank(x, y, part["thin_A"], part["thin_B"], part["lora_scale"])
+        for y, part in zip((x @ weight.mT).split(16, -1), parts)
+    ]
+    torch.testing.assert_close(eager, pure[0] * pure[1] + pure[2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(compiled(torch.vmap(three))(x, parts), eager)

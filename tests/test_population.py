@@ -23,7 +23,7 @@ from strategies import SEEDS, assert_close, configs, token_rows, weights
 from torch import Tensor
 
 from functional_lm import compile as compiling
-from functional_lm import keys, tree
+from functional_lm import kernels, keys, tree
 from functional_lm.compile import compiled
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolution import answers, eggroll, fitness, genetic, gradient, merging, openai, population, spaces
@@ -67,19 +67,21 @@ def rows(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["genetic", "openai-es", "eggroll", "regenerated"])
 @pytest.mark.parametrize("where", ["full", "lora", "part"])
-@given(config=configs(), seed=SEEDS, chunk=st.integers(1, 6))
-@settings(max_examples=6)
+@given(config=configs(), seed=SEEDS, chunk=st.integers(1, 6), with_kernels=st.booleans())
+@settings(max_examples=8)
 def test_a_population_is_the_loop_over_its_members(
-    kind: str, where: str, config: ModelConfig, seed: int, chunk: int
+    kind: str, where: str, config: ModelConfig, seed: int, chunk: int, with_kernels: bool
 ) -> None:
     """Whatever the architecture, the chunk, and which leaves are evolved; of a first and of a later generation."""
+    with_kernels &= kernels.obstacle() is None
     evolved, within, batch = strategy(kind), space(where, config, seed), rows(config, seed)
     figures = [fitness.objective(name, config) for name in ("loss", "bits", "accuracy")]
     state = evolved.init(keys.key(seed), within.start)
     if seed % 2:
         state = evolved.tell(state, torch.arange(6.0))
     candidates = evolved.ask(state)
-    together = population.evaluator(evolved, within, fitness.several(figures), chunk=chunk)(candidates, batch)
+    evaluate = population.evaluator(evolved, within, fitness.several(figures), chunk=chunk, with_kernels=with_kernels)
+    together = evaluate(candidates, batch)
     reference = fitness.several([*figures, partial(undecided, config=config)])
     alone = population.looped(evolved, within, reference)(candidates, batch)
     assert_close(together[:, :2], alone[:, :2], 3e-4)

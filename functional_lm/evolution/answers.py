@@ -57,6 +57,7 @@ class Answering:
     chunk: int | None = None
     compile: bool = False
     part: Share | None = None  # of the population, where it is not all of it
+    with_kernels: bool = False  # `population.making` says which
 
 
 class Prompts(NamedTuple):
@@ -113,7 +114,7 @@ def answerer(
         cache, tokens = torch.vmap(one)(state[0], own, state[1])
         return (cache, tokens), tokens
 
-    leaves = compiled(making(strategy, space, dtype), enabled=how.compile)
+    leaves = compiled(making(strategy, space, dtype, how.with_kernels), enabled=how.compile)
     read = compiled(fill, donate=True, enabled=how.compile)
     decode = compiled(step, donate=True, enabled=how.compile)
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from functional_lm import tree
+from functional_lm import kernels, tree
 from functional_lm.errors import UsageError
 from functional_lm.evolution.fitness import Batch, Objective
 from functional_lm.evolution.gradient import Wrap, unwrapped
@@ -84,13 +84,19 @@ def preparation(strategy: Strategy, space: Space, dtype: torch.dtype) -> Callabl
     return prepare
 
 
-def making(strategy: Strategy, space: Space, dtype: torch.dtype) -> Callable[[Tree, Tree, Tree], Tree]:
-    """`(frozen, shared, own [C, ...]) -> [C, ...]`: what each member computes with, its own leaves or its model."""
+def making(
+    strategy: Strategy, space: Space, dtype: torch.dtype, with_kernels: bool = False
+) -> Callable[[Tree, Tree, Tree], Tree]:
+    """`(frozen, shared, own [C, ...]) -> [C, ...]`: what each member computes with, its own leaves or its model.
+
+    `with_kernels` lays adapters out for that of low-rank noise.
+    """
 
     def each(frozen: Tree, leaves: Tree) -> Tree:
         if space.makes:
             return space.model(frozen, leaves, dtype)
-        return compute_copy(leaves, dtype, fuse=False)
+        made = compute_copy(leaves, dtype, fuse=False)
+        return kernels.thin(made) if with_kernels else made
 
     def make(frozen: Tree, shared: Tree, own: Tree) -> Tree:
         return torch.vmap(each, in_dims=(None, 0))(frozen, strategy.members(shared, own))
@@ -120,13 +126,14 @@ def evaluator(
     chunk: int | None = None,
     wrap: Wrap = unwrapped,
     part: Share | None = None,
+    with_kernels: bool = False,
 ) -> Evaluate:
     """`(candidates, batch) -> fitness` [P] float32 through two wrapped (compiled) calls for each `chunk` of members.
 
-    With a `part` it measures that alone.
+    With a `part` it measures that alone. `with_kernels` asks for `kernels.obstacle()` to be None.
     """
     prepare = preparation(strategy, space, dtype)
-    make, measure = wrap(making(strategy, space, dtype)), wrap(measuring(space, objective, dtype))
+    make, measure = wrap(making(strategy, space, dtype, with_kernels)), wrap(measuring(space, objective, dtype))
     mine = share(strategy.population, chunk) if part is None else part
 
     def evaluate(candidates: Candidates, batch: Batch) -> Float[Tensor, "P"]:

@@ -1,12 +1,14 @@
-"""Kernels in C++ for decoding on the CPU: compiled on first use, optional, and held by tests to the pure forms here.
+"""Kernels in C++ for the CPU: compiled on first use, optional, and held by tests to the pure forms here.
 
     product(x, blocks, outputs)            x Wᵀ for rows of x, at the speed at which W is read
     filled_rows(query, key, value, at)     attention of one query a slot over the cache rows that are filled
+    low_rank(x, y, params)                 y + scale (x Aᵀ) B, for each member of a population its own
 
-`laid_out` gives a tree whose matrices lie in blocks (`layout.py`); `linear` and `attention` look at what they are
-handed.
+`laid_out` gives a tree whose matrices lie in blocks, `thin` one whose adapters lie as `low_rank` reads them
+(`layout.py`); `linear` and `attention` look at what they are handed. None of them has a gradient.
 
-Axes: S slots, H query heads, K key/value heads, C cache length, E head width, N blocks of 32 outputs.
+Axes: S slots, H query heads, K key/value heads, C cache length, E head width, N blocks of 32 outputs, P members,
+M rows, R rank.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +29,37 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from functional_lm import compile_store, files
-from functional_lm.kernels.layout import BLOCKS, OUTPUTS, laid_out, rows, whole
+from functional_lm.kernels.layout import BLOCKS, OUTPUTS, THIN, laid_out, rows, thin, whole
 from functional_lm.tree import Tree
 
 HEADS = frozenset((*range(16, 144, 16), 256))  # head widths that the kernel knows
 
-__all__ = ["BLOCKS", "OUTPUTS", "filled_rows", "laid_out", "multiplied", "prepared", "product", "rows", "whole"]
+__all__ = [
+    "BLOCKS",
+    "OUTPUTS",
+    "THIN",
+    "filled_rows",
+    "laid_out",
+    "low_rank",
+    "multiplied",
+    "prepared",
+    "product",
+    "rows",
+    "thin",
+    "whole",
+]
 
-NAME = "functional_lm_decoding"
+NAME = "functional_lm_kernels"
 WHOLE = "whole"  # a file beside a library that has been compiled to its end
-SOURCE = Path(__file__).with_name("decoding.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("decoding.cpp", "low_rank.cpp", "vectors.h")]
 # The threads are those of torch's own OpenMP, which is loaded already: no other one is linked beside it.
 FLAGS = ["-O3", "-march=native", *(["-fopenmp"] if sys.platform == "linux" else [])]
 
 _library = torch.library.Library("functional_lm", "DEF")
 _library.define("product(Tensor x, Tensor blocks, Tensor? scales, SymInt outputs) -> Tensor")
 _library.define("filled_rows(Tensor query, Tensor key, Tensor value, Tensor positions, int window) -> Tensor")
+_library.define("low_rank(Tensor x, Tensor y, Tensor a, Tensor b, Tensor scale) -> Tensor")
+_library.define("low_rank_(Tensor x, Tensor(a!) y, Tensor a, Tensor b, Tensor scale) -> ()")
 
 
 def product(
@@ -77,6 +95,21 @@ def filled_rows(
     return result
 
 
+def low_rank(
+    x: Float[Tensor, "*B in"], y: Float[Tensor, "*B out"], params: Tree, names: tuple[str, str] = THIN
+) -> Float[Tensor, "*B out"]:
+    """y + scale (x Aᵀ) B of an adapter that `thin` laid out, y's dtype; sums are in float32.
+
+    Under `vmap` it is one call for all members, and what they share is not copied for each. With `names` the other way
+    round it is the transposed product.
+    """
+    a, b = (params[name].to(y.dtype) for name in names)
+    rows, products = x.reshape(1, -1, x.shape[-1]), y.reshape(1, -1, y.shape[-1])
+    scale = params["lora_scale"].float().reshape(1)
+    result: Tensor = torch.ops.functional_lm.low_rank(rows.to(y.dtype), products, a[None], b[None], scale)
+    return result.view(y.shape)
+
+
 # The pure forms -----------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +143,11 @@ def pure_filled_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tenso
     return (weights @ value.float()).reshape(query.shape).to(query.dtype)
 
 
+def pure_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Float[Tensor, "P M out"]:
+    thin = (x.float() @ a.float().mT) * scale[:, None, None]
+    return (y.float() + thin @ b.float()).to(y.dtype)
+
+
 @torch.library.register_fake("functional_lm::product")
 def _product_shape(x: Tensor, blocks: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
     return x.new_empty(x.shape[0], outputs)
@@ -120,6 +158,31 @@ def _filled_rows_shape(query: Tensor, key: Tensor, value: Tensor, positions: Ten
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
+@torch.library.register_fake("functional_lm::low_rank")
+def _low_rank_shape(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("functional_lm::low_rank_")
+def _nothing(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
+    return None
+
+
+@torch.library.register_vmap("functional_lm::low_rank")
+def _low_rank_of_each(info: Any, in_dims: Sequence[int | None], *given: Tensor) -> tuple[Tensor, int]:
+    """One more axis becomes part of that of the members; what it does not run over is read again, not copied."""
+
+    def together(leaf: Tensor, at: int | None) -> Tensor:
+        every = leaf.expand(info.batch_size, *leaf.shape) if at is None else leaf.movedim(at, 0)
+        return every.flatten(0, 1)
+
+    x, y, *rest = map(together, given, in_dims)
+    if in_dims[1] is None:
+        y = y.clone()
+    torch.ops.functional_lm.low_rank_(x, y, *rest)
+    return y.unflatten(0, (info.batch_size, -1)), 0
+
+
 # Whether and where --------------------------------------------------------------------------------------------------
 
 
@@ -127,10 +190,8 @@ def _filled_rows_shape(query: Tensor, key: Tensor, value: Tensor, positions: Ten
 def obstacle() -> str | None:
     """Load the kernels, compiled on first use and kept on the disk; None, or why that cannot be and what helps."""
     if sys.platform == "win32":
-        return "the decoding kernels are written for GCC and clang"
-    source = SOURCE.read_text(encoding="utf-8")
-    made = compile_store.digest((torch.__version__, compile_store.processor(), source, FLAGS))
-    folder = compile_store.folder() / f"decoding-{made[:16]}"
+        return "the kernels are written for GCC and clang"
+    folder = _folder()
     with suppress(OSError):  # damaged: made anew
         if (folder / WHOLE).is_file():
             torch.ops.load_library(folder / f"{NAME}.so")
@@ -138,22 +199,34 @@ def obstacle() -> str | None:
     return _compile(folder)
 
 
+def are_made() -> bool:
+    """Whether `obstacle` has something to load, and nothing to compile."""
+    return (_folder() / WHOLE).is_file()
+
+
+def _folder() -> Path:
+    source = [file.read_text(encoding="utf-8") for file in SOURCES]
+    made = compile_store.digest((torch.__version__, compile_store.processor(), source, FLAGS))
+    return compile_store.folder() / f"kernels-{made[:16]}"
+
+
 def _compile(folder: Path) -> str | None:
     from torch.utils import cpp_extension
 
+    compiled = [str(file) for file in SOURCES if file.suffix == ".cpp"]
     with _ninja_on_the_path():
         try:
             cpp_extension.verify_ninja_availability()
         except RuntimeError:
-            return "ninja was not found, which compiles the decoding kernels; pip install ninja"
+            return "ninja was not found, which compiles the kernels; pip install ninja"
         try:
             files.make_folder(folder)
             with FileLock(folder / "building"):  # ends with its process; torch's own, a kill would leave behind
                 files.remove(folder / "lock")
-                cpp_extension.load(NAME, [str(SOURCE)], FLAGS, build_directory=str(folder), is_python_module=False)
+                cpp_extension.load(NAME, compiled, FLAGS, build_directory=str(folder), is_python_module=False)
                 files.write_text(folder / WHOLE, "")
         except (RuntimeError, OSError) as error:
-            return f"the decoding kernels could not be compiled: {str(error).splitlines()[0]}"
+            return f"the kernels could not be compiled: {str(error).splitlines()[0]}"
     return None
 
 

@@ -3,8 +3,7 @@
 // A matrix lies in blocks of 32 outputs, and in a block the numbers of one input (or of two neighbours) side by side: it
 // is read from its beginning to its end once a call, and a vector of it is multiplied with one number (or pair) of a row.
 // So every sum is a chain of its own along the inputs, whatever the number of rows and of threads: what a sequence says is
-// the same to the last bit whatever company it is in. Vectors are the compiler's (GCC, clang), of 16 numbers, so that one
-// source serves every processor; where a processor has an instruction for pairs it is taken.
+// the same to the last bit whatever company it is in. Where a processor has an instruction for pairs it is taken.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -13,74 +12,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
 
-constexpr int64_t WIDE = 16;
 constexpr int64_t BLOCK = 32;      // outputs of a block
 constexpr int64_t AHEAD = 4096;    // bytes that are asked for before they are needed (measured)
 constexpr int64_t NEXT = 16;       // cache rows that are
 constexpr int64_t WHOLE = 127;     // the largest whole number of a quantised matrix
-typedef float Floats __attribute__((vector_size(64)));
-typedef float Four __attribute__((vector_size(16)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int32_t Integers __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(32)));
-typedef int16_t Shorts __attribute__((vector_size(64)));
-
-template <typename V, typename T>
-inline V read(const T* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline Floats load(const float* p) { return read<Floats>(p); }
-
-#ifdef __AVX512F__  // what GCC 12 makes of the conversions below is many times slower
-
-inline Floats load(const c10::BFloat16* p) {  // the upper half of a float32
-  const __m512i word = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return (Floats)_mm512_castsi512_ps(_mm512_slli_epi32(word, 16));
-}
-
-inline Integers whole_pairs(const int8_t* p) {
-  return (Integers)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-#else
-
-inline Floats load(const c10::BFloat16* p) {
-  const Words word = __builtin_convertvector(read<Halves>(p), Words) << 16;
-  return read<Floats>(&word);
-}
-
-inline Integers whole_pairs(const int8_t* p) {
-  const Shorts pairs = __builtin_convertvector(read<Bytes>(p), Shorts);
-  return read<Integers>(&pairs);
-}
-
-#endif
-
-inline void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
-
-inline void store(c10::BFloat16* p, const Floats& v) {
-#ifdef __AVX512BF16__
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(p, &half, sizeof half);
-#else
-  for (int64_t i = 0; i < WIDE; ++i) p[i] = static_cast<c10::BFloat16>(v[i]);
-#endif
-}
 
 // A product of a number of a row with 16 outputs, by what the matrix (W) and the rows (X) hold: what is loaded of a block,
 // what of a row, and how it is added up. `pair` numbers of an input stand side by side.
@@ -300,34 +242,6 @@ at::Tensor product(
 }
 
 // Attention ------------------------------------------------------------------------------------------------------------
-
-// Sums of four vectors at once, each in the same order: neighbours, neighbours of these, quarters.
-#ifdef __AVX512F__
-
-inline Four totals(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
-  const __m512 ab = _mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b);
-  const __m512 cd = _mm512_unpacklo_ps((__m512)c, (__m512)d) + _mm512_unpackhi_ps((__m512)c, (__m512)d);
-  const __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
-  const __m512 all = (__m512)low + (__m512)high;
-  const __m256 half = _mm512_castps512_ps256(all) + (__m256)_mm512_extractf64x4_pd((__m512d)all, 1);
-  return (Four)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
-}
-
-#else
-
-inline float quarters(const Floats& v) {
-  float part[4];
-  for (int i = 0; i < 4; ++i) part[i] = (v[4 * i] + v[4 * i + 2]) + (v[4 * i + 1] + v[4 * i + 3]);
-  return (part[0] + part[2]) + (part[1] + part[3]);
-}
-
-inline Four totals(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
-  return Four{quarters(a), quarters(b), quarters(c), quarters(d)};
-}
-
-#endif
-
-inline float total(const Floats& v) { return totals(v, Floats{}, Floats{}, Floats{})[0]; }
 
 // e^x for x <= 0: 2^n by the exponent's bits, the rest by a polynomial of degree 6.
 inline Floats exponential(Floats x) {

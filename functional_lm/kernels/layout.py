@@ -6,6 +6,8 @@
 there are `blocks`, and `outputs [out, 0]`, which says how many outputs the last block does not exceed. They lie side by
 side in one piece of memory, in pages of 2 MiB where the system has such: small ones are what reading stumbles over.
 
+An adapter (or a member's noise) becomes `thin_A [R, in]`, `thin_B [R, out]` with `thin`, both factors row by row.
+
 Axes: N blocks.
 """
 
@@ -24,6 +26,7 @@ from functional_lm import tree
 from functional_lm.tree import Tree
 
 BLOCKS, OUTPUTS = "blocks", "outputs"
+THIN = ("thin_A", "thin_B")
 BLOCK = 32
 LINE, PAGE = 64, 1 << 21  # bytes
 # What a projection's matrix is called, the one that products read first, and of what numbers it may be.
@@ -61,6 +64,18 @@ def laid_out(params: Tree) -> Tree:
         made[_joined(path, OUTPUTS)] = torch.empty(outputs, 0)
         if (scales := made.get(_joined(path, "scales"))) is not None:
             made[_joined(path, "scales")] = F.pad(scales, (0, -outputs % BLOCK))
+    return tree.unflatten(made)
+
+
+def thin(params: Tree) -> Tree:
+    """The tree with the factors of every adapter as `low_rank` reads them; those with magnitudes ask for the sum."""
+    flat = tree.flatten(params)
+    paths = [name.rpartition(".")[0] for name in flat if name.endswith(".lora_A")]
+    made = dict(flat)
+    for path in paths:
+        if f"{path}.lora_B" in flat and f"{path}.lora_magnitude" not in flat:
+            a, b = (made.pop(f"{path}.{name}") for name in ("lora_A", "lora_B"))
+            made |= {f"{path}.{name}": leaf for name, leaf in zip(THIN, (a, b.mT.contiguous()))}
     return tree.unflatten(made)
 
 

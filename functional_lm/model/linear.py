@@ -11,6 +11,7 @@ or without an adapter beside it:
                                                        stands for the magnitudes)
 
     blocks [N, in/p, 32, p], outputs [out, 0]          instead of `weight`: the order of the kernels of `kernels`
+    thin_A [R, in], thin_B [R, out]                    instead of `lora_A`, `lora_B`: the same
 
 Which leaves are there decides what is computed; there is no wrapper class and no flag.
 """
@@ -66,18 +67,20 @@ def adapted(params: Sequence[Tree], products: Sequence[Tensor], x: Float[Tensor,
     """
     plain = [part for part in params if part.keys() & {"lora_A", "lora_index", "lora_key"} == {"lora_A"}]
     if len(plain) < 2:
-        return [
-            y + delta(part, x).to(y.dtype) if "lora_A" in part else y for part, y in zip(params, products, strict=True)
-        ]
+        return [changed(part, y, x) for part, y in zip(params, products, strict=True)]
     together = F.linear(x, torch.cat([part["lora_A"].to(x.dtype) for part in plain]))
     thin = iter(together.split([part["lora_A"].shape[-2] for part in plain], dim=-1))
-    changed = []
-    for part, y in zip(params, products, strict=True):
-        if "lora_A" in part:
-            change = widen(part, next(thin)) if any(part is other for other in plain) else delta(part, x)
-            y = y + change.to(y.dtype)
-        changed.append(y)
-    return changed
+    return [
+        y + widen(part, next(thin)).to(y.dtype) if any(part is other for other in plain) else changed(part, y, x)
+        for part, y in zip(params, products, strict=True)
+    ]
+
+
+def changed(params: Tree, y: Float[Tensor, "... out"], x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+    """A product with what its adapter adds, if it has one."""
+    if kernels.THIN[0] in params:
+        return kernels.low_rank(x, y, params)
+    return y + delta(params, x).to(y.dtype) if "lora_A" in params else y
 
 
 def delta(params: Tree, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
@@ -158,6 +161,9 @@ def embed(params: Tree, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
     if "lora_A" in params:
         thin = F.embedding(tokens, params["lora_A"].mT)
         x = x + F.linear(thin * params["lora_scale"], params["lora_B"]).to(x.dtype)
+    if kernels.THIN[0] in params:
+        a, b = (params[name] for name in kernels.THIN)
+        x = x + ((F.embedding(tokens, a.mT) * params["lora_scale"]) @ b).to(x.dtype)
     return x
 
 
@@ -171,4 +177,6 @@ def unembed(params: Tree, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     if "lora_A" in params:
         thin = F.linear(x, params["lora_B"].mT.to(x.dtype)) * params["lora_scale"].to(x.dtype)
         y = y + F.linear(thin, params["lora_A"].mT.to(x.dtype))
+    if kernels.THIN[0] in params:
+        y = kernels.low_rank(x, y, params, kernels.THIN[::-1])
     return y
