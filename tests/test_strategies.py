@@ -415,8 +415,15 @@ def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -
         make()
 
 
-@pytest.mark.parametrize("make", [natural.snes, natural.xnes, cma.sep_cma_es, cma.cma_es])
-def test_compiled_generations_of_vectors_are_the_eager_ones_and_one_graph_each(make: Any) -> None:
+def of_pairs(make: Any, population: int, sigma: float, **how: Any) -> Strategy:
+    return make(gradient.Settings(population), numbers={"sigma": sigma}, **how)
+
+
+PAIRED = [partial(of_pairs, openai.openai_es), partial(of_pairs, eggroll.eggroll)]
+
+
+@pytest.mark.parametrize("make", [natural.snes, natural.xnes, cma.sep_cma_es, cma.cma_es, *PAIRED])
+def test_compiled_generations_are_the_eager_ones_and_one_graph_each(make: Any) -> None:
     """Asking and telling are a graph each, of the first generation as of the others."""
     eager, fast = make(6, 0.1), make(6, 0.1, wrap=partial(compiling.compiled, backend="aot_eager"))
     start, graphs = {"x": torch.ones(5)}, [compiling.graphs()]

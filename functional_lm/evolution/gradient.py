@@ -11,6 +11,7 @@ Axes: P members, N pairs (or members, where they are not paired).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,8 +40,10 @@ NUMBERS = {
     "grad_clip": 0.0,
 }
 BLOCK = 1 << 26  # numbers of noise that `tell` draws at once
+FEW = 1 << 20  # numbers of noise of all pairs up to which calls into torch cost more than what they compute
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+Partial = Callable[[Tree, Tensor, Tensor], Tree]
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def estimating(
     numbers: Mapping[str, float] | None = None,
     wrap: Wrap = unwrapped,
 ) -> Strategy:
-    """The strategy around a perturbation. `wrap` (`compiled`, say) goes around its heavy parts.
+    """The strategy around a perturbation. `wrap` (`compiled`, say) goes around asking, and around telling: whole where
+    the noise is small, else around its heavy parts, which are compiled sooner.
 
     Raises UsageError for settings that contradict each other.
     """
@@ -114,7 +118,8 @@ def estimating(
         return {name: torch.tensor(float(value), device=device) for name, value in sorted(constants.items())}
 
     def init(key: Tensor, start: Tree) -> Search:
-        return Search(*common.begun(key, start), optimizer.init(start), known(key.device))
+        # No two leaves are one tensor, so that one graph serves this state and all later ones.
+        return tree.copy(Search(*common.begun(key, start), optimizer.init(start), known(key.device)))
 
     def renewed(state: Search) -> Search:
         return state._replace(numbers=known(state.key.device))
@@ -136,7 +141,7 @@ def estimating(
     def plain(centre: Tree, key: Tensor, amount: Tensor) -> Tree:
         return formed(centre, one(centre, key, amount))
 
-    stored, partial, winner = wrap(all_of_them), wrap(_partial(perturbation)), wrap(plain)
+    partial = _partial(perturbation)
 
     def pair_keys(state: Search) -> Tensor:
         return common.member_keys(common.generation_key(state), pairs)
@@ -145,7 +150,7 @@ def estimating(
         own, sigma = pair_keys(state), state.numbers["sigma"]
         fixed = perturbation.fixed(state.centre)
         if settings.noise == "stored":
-            return Candidates(fixed, {}, stored(state.centre, own, sigma))
+            return Candidates(fixed, {}, all_of_them(state.centre, own, sigma))
         sign = torch.tensor(signs, device=own.device).repeat(pairs)
         each = {"key": own.repeat_interleave(len(signs), 0), "sign": sign}
         return Candidates(fixed, {"centre": state.centre, "sigma": sigma}, each)
@@ -162,33 +167,39 @@ def estimating(
         own = tree.map(lambda leaf: leaf[index : index + 1], candidates.own)
         return formed(candidates.fixed, tree.index(members(candidates.shared, own), 0))
 
-    def tell(state: Search, fitness: Float[Tensor, "P"]) -> Search:
+    def told(state: Search, fitness: Float[Tensor, "P"], partial: Partial, winner: Callable[..., Tree]) -> Search:
         own, sigma = pair_keys(state), state.numbers["sigma"]
 
         def candidate(index: Tensor) -> Tree:
-            sign = torch.tensor(signs, device=own.device)[index % len(signs)]
-            return winner(state.centre, own[index // len(signs)], sign * sigma)
+            at = index[None]  # an index without an axis would be read as a Python number
+            (sign,) = torch.tensor(signs, device=own.device)[at % len(signs)]
+            (key,) = own[at // len(signs)]
+            return winner(state.centre, key, sign * sigma)
 
         best, best_fitness = common.improved(state, fitness, candidate)
         weights = weigh(fitness.to(own.device)).to(sigma.dtype).view(pairs, len(signs))
         weights = (weights * torch.tensor(signs, device=own.device)).sum(-1) / (count * sigma)
         shapes = common.shapes_of(state.centre)
         at_once = max(1, BLOCK // perturbation.numbers(shapes))
-        total: Tree | None = None
-        for some, of in zip(own.split(at_once), weights.split(at_once)):
-            part = partial(state.centre, some, of)
-            total = part if total is None else tree.add(total, part)
+        parts = (partial(state.centre, *some) for some in zip(own.split(at_once), weights.split(at_once)))
         now = {**state.numbers, "step": state.generation}
-        assert total is not None
-        downhill = tree.scale(total, -1.0)
+        downhill = tree.scale(functools.reduce(tree.add, parts), -1.0)
         updates, moments = optimizer.update(downhill, state.optimizer, state.centre, now)
         centre = tree.map(lambda p, u: (p + u).to(p.dtype), state.centre, updates)
         return Search(state.key, state.generation + 1, centre, best, best_fitness, moments, state.numbers)
 
-    return Strategy(name, count, init, ask, tell, members, dense, renewed=renewed)
+    in_parts = functools.partial(told, partial=wrap(partial), winner=wrap(plain))
+    whole = wrap(functools.partial(told, partial=partial, winner=plain))
+
+    def tell(state: Search, fitness: Float[Tensor, "P"]) -> Search:
+        few = pairs * perturbation.numbers(common.shapes_of(state.centre)) <= FEW
+        return (whole if few else in_parts)(state, fitness)
+
+    asked = wrap(ask) if settings.noise == "stored" else ask  # without noise there is nothing to compute
+    return Strategy(name, count, init, asked, tell, members, dense, renewed=renewed)
 
 
-def _partial(perturbation: Perturbation) -> Callable[[Tree, Tensor, Tensor], Tree]:
+def _partial(perturbation: Perturbation) -> Partial:
     def partial(centre: Tree, own: Tensor, weights: Tensor) -> Tree:
         """Σ wᵢ εᵢ over some of the pairs, drawn again from their keys."""
         shapes = common.shapes_of(centre)
