@@ -36,6 +36,7 @@ from functional_lm.evolution import (
 )
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.strategy import Strategy
+from functional_lm.training import transformation
 from functional_lm.training.optimizer import OPTIMIZERS, optimizer
 from functional_lm.tree import Tree
 
@@ -45,6 +46,8 @@ START: Tree = {
 }
 START = tree.unflatten(tree.flatten(START))  # in canonical order
 AT = {"sigma": 0.1, "learning_rate": 0.05}
+SOME = gradient.Settings(16)
+ONE = torch.tensor(1.0)
 
 
 def made(name: str, population: int = 16, noise: str = "stored") -> Strategy:
@@ -283,6 +286,36 @@ def test_mezo_steps_along_the_draw_by_the_difference() -> None:
     for centre, plus, minus, start in zip(*map(tree.leaves, (told.centre, up, down, START)), strict=True):
         noise = (plus - minus) / 0.2
         torch.testing.assert_close(centre, start + 0.5 * (3 - 1) / 0.2 * noise / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*sorted(OPTIMIZERS), "mezo"])
+def test_where_float64_is_asked_the_whole_state_is(name: str) -> None:
+    """Of a float32 tree and float32 fitness too: centre, best, numbers, moments, members."""
+    double = {"numbers": AT, "dtype": torch.float64}
+    strategy = mezo.mezo(16, **double) if name == "mezo" else openai.openai_es(SOME, optimizer(name), **double)
+    state = strategy.init(keys.key(0), START)
+    for fitness in (numbers((16,), 0), numbers((16,), 1)):
+        state = strategy.tell(state, fitness)
+    asked = strategy.ask(state)
+    kept = (state, strategy.renewed(state), strategy.members(asked.shared, asked.own), strategy.dense(asked, 3))
+    assert {leaf.dtype for leaf in tree.leaves(kept) if leaf.is_floating_point()} == {torch.float64}
+
+
+@pytest.mark.parametrize("noise", gradient.NOISES)
+def test_in_float64_the_step_is_the_formula(noise: str) -> None:
+    """rate / (P σ) Σ wᵢ sᵢ εᵢ: one number, weight or sum in float32 would be seen in the ninth place."""
+    plain, how = transformation.scale_by_learning_rate(), gradient.Settings(12, noise=noise)
+    strategy = openai.openai_es(how, plain, AT, dtype=torch.float64)
+    state = strategy.init(keys.key(0), START)
+    candidates, start = strategy.ask(state), tree.cast(START, torch.float64)
+    fitness = torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0, 5.0, 3.5, 8.0, 7.0, 0.0])
+    weights = fitness.double().argsort().argsort().double() / 11 - 0.5
+    steps = [tree.subtract(strategy.dense(candidates, i), start) for i in range(12)]  # ± σ ε
+    wanted = tree.leaves(start)
+    for step, weight in zip(steps, weights):
+        wanted = [at + 0.05 * weight / (12 * 0.1**2) * leaf for at, leaf in zip(wanted, tree.leaves(step))]
+    for found, leaf in zip(tree.leaves(strategy.tell(state, fitness).centre), wanted, strict=True):
+        torch.testing.assert_close(found, leaf, rtol=1e-13, atol=1e-13)
 
 
 def test_a_blockwise_sum_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
