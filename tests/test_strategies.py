@@ -251,9 +251,13 @@ def test_for_a_linear_fitness_the_estimate_is_unbiased_at_every_rank(
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_low_rank_noise_has_variance_one_and_fourth_moment_3_plus_6_over_r(rank: int) -> None:
     """arXiv 2511.16652: the entries of A Bᵀ / √r are uncorrelated, of kurtosis 3 + 6/r."""
-    shapes = {"a.weight": (40, 30)}
-    drawn = torch.vmap(lambda key: eggroll.low_rank(rank).draw(key, shapes))(keys.split(keys.key(0), 400))["a"]
-    noise = (drawn["lora_B"] @ drawn["lora_A"]) / math.sqrt(rank)
+    perturbation, centre = eggroll.low_rank(rank), {"a": {"weight": torch.zeros(40, 30)}}
+
+    def member(key: Tensor) -> Tensor:
+        noise = perturbation.draw(key, common.shapes_of(centre))
+        return gradient.formed(perturbation.fixed(centre), perturbation.put(centre, noise, ONE))["a"]["weight"]
+
+    noise = torch.vmap(member)(keys.split(keys.key(0), 400))
     assert noise.mean().abs() < 0.02
     assert noise.square().mean() == pytest.approx(1, abs=0.03)
     assert noise.pow(4).mean() == pytest.approx(3 + 6 / rank, rel=0.12)
