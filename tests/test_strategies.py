@@ -19,7 +19,7 @@ from strategies import SEEDS, numbers
 from torch import Tensor
 
 from functional_lm import compile as compiling
-from functional_lm import evolve_flags, keys, tree
+from functional_lm import keys, tree
 from functional_lm.errors import UsageError
 from functional_lm.evolution import (
     cma,
@@ -208,12 +208,6 @@ def test_pairs_are_opposite(name: str) -> None:
 def test_any_optimizer_takes_the_estimate(name: str) -> None:
     strategy = openai.openai_es(gradient.Settings(32), optimizer(name), AT)
     assert goal(evolved(strategy, 15).centre) > goal(START)  # type: ignore[attr-defined]
-
-
-def test_flags_name_what_there_is() -> None:
-    assert evolve_flags.BASES == differential.BASES
-    assert ("none", *restarts.KINDS) == evolve_flags.RESTARTS
-    assert set(evolve_flags.SHAPINGS) == set(shaping.SHAPINGS)
 
 
 # The estimate ---------------------------------------------------------------------------------------------------------
