@@ -21,17 +21,6 @@ if TYPE_CHECKING:
     from functional_lm.evolution.strategy import Strategy
 
 
-def on_this_machine(options: EvolveFlags) -> EvolveFlags:
-    from functional_lm import compile as compiling
-
-    device = compiling.resolve_device(options.device)
-    dtype = str(compiling.resolve_dtype(options.dtype, device)).removeprefix("torch.")
-    obstacle = compiling.obstacle(device) if options.compile else None
-    if obstacle:
-        console.say(f"running without compilation, several times slower: {obstacle}")
-    return dataclasses.replace(options, device=str(device), dtype=dtype, compile=options.compile and obstacle is None)
-
-
 def opened(options: EvolveFlags, out: Path, writes: bool) -> tuple[Journal | None, list[str]]:
     """The journal to go on with, None for a new run, and what makes it another one.
 
