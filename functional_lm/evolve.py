@@ -20,6 +20,7 @@ from functional_lm import (
     evolve_override,
     evolve_replay,
     run_folder,
+    training_flags,
 )
 from functional_lm import evolve_start as start
 from functional_lm.cli import Command, main_single
@@ -59,13 +60,13 @@ def run(options: EvolveFlags) -> int:
                 "torchrun, or choose another strategy"
             )
         if not group.first:
-            return _evolve(start.on_this_machine(options), found, out, group)
+            return _evolve(training_flags.on_this_machine(options), found, out, group)
         if options.overwrite:
             read = [("model", options.model), ("adapter", options.adapter), *(("data", path) for path in found.files)]
             read += [("base", options.base), *(("models", path) for path in options.models)]
             run_folder.check_overwrite(out, read)
         with run_folder.held(out):
-            return _evolve(start.on_this_machine(options), found, out, group)
+            return _evolve(training_flags.on_this_machine(options), found, out, group)
 
 
 def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int:
@@ -75,6 +76,7 @@ def _evolve(options: EvolveFlags, found: Corpus, out: Path, group: Group) -> int
     started = time.perf_counter()
     journal, changes = group.in_turn("open", lambda: start.opened(options, out, group.first))
     evolution = evolution_of(options)
+    group.in_turn("kernels", lambda: start.open_kernels(options))
 
     def divide(tokens: int) -> Share:
         return start.share(options, evolution, None if changes else journal, tokens, group)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functional_lm import evolve_choices
 from functional_lm.errors import UsageError
 from functional_lm.evolve_flags import (
-    ANTITHETIC,
     ESTIMATING,
     LEAST_STEP,
     MEASURED,
@@ -41,7 +40,7 @@ def check(flags: EvolveFlags) -> None:
             raise UsageError(f"--{name} is required")
     _check_merge(flags)
     _check_decode(flags)
-    paired = flags.strategy == "mezo" or (flags.strategy in ANTITHETIC and flags.antithetic)
+    paired = flags.strategy == "mezo" or (flags.strategy in ESTIMATING and flags.antithetic)
     if flags.population < 2 or (paired and flags.population % 2):
         what = "odd; antithetic pairs need an even one, or --antithetic false" if flags.population > 1 else "too small"
         raise UsageError(f"--population {flags.population} is {what}")

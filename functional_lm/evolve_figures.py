@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, evolve_choices, evolve_flags, files
+from functional_lm import console, evolve_choices, evolve_flags
 from functional_lm.evolve_flags import EvolveFlags
 
 if TYPE_CHECKING:
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from functional_lm.evolution.elites import Archive
     from functional_lm.evolution.pareto import Population
+
+
+WIDTH = 6.0  # of its pictures, in inches
 
 
 def report(options: EvolveFlags, state: Any, out: Path) -> dict[str, Any]:
@@ -29,6 +32,7 @@ def report(options: EvolveFlags, state: Any, out: Path) -> dict[str, Any]:
 def _front(options: EvolveFlags, state: Population, out: Path) -> dict[str, Any]:
     """The figures of the members of the front, from the best to the worst in the first one; which one is kept."""
     from functional_lm.evolution import pareto
+    from functional_lm.training import record
 
     names = evolve_flags.figures(options)
     inside = pareto.front(state.figures)
@@ -49,13 +53,15 @@ def _front(options: EvolveFlags, state: Population, out: Path) -> dict[str, Any]
         axes.grid(alpha=0.3)
         axes.legend()
 
-    _picture(out / "front.png", draw)
+    record.picture(out / "front.png", draw, WIDTH)
     return {"front": [dict(zip(names, row)) for row in rows], "kept_figures": middle}
 
 
 def _archive(options: EvolveFlags, state: Archive, out: Path) -> dict[str, Any]:
     """The elite of each filled cell: its place on the grid, its fitness and its descriptor."""
     import torch
+
+    from functional_lm.training import record
 
     bins, low, high = evolve_flags.grid(options)
     filled = torch.isfinite(state.fitness).nonzero()[:, 0].tolist()
@@ -77,7 +83,7 @@ def _archive(options: EvolveFlags, state: Archive, out: Path) -> dict[str, Any]:
         axes.set(xlabel=options.descriptor[0], ylabel=rest, title=f"{out.name}: {options.fitness}")
         axes.figure.colorbar(image)
 
-    _picture(out / "archive.png", draw)
+    record.picture(out / "archive.png", draw, WIDTH)
     return {"cells": len(state.fitness), "archive": cells}
 
 
@@ -109,21 +115,9 @@ def _architectures(options: EvolveFlags, out: Path) -> dict[str, Any]:
         axes.figure.colorbar(dots, label="generation")
 
     if points:
-        _picture(out / "architectures.png", draw)
+        record.picture(out / "architectures.png", draw, WIDTH)
     names = ("parameters", *(choice.name for choice in choices))
     return {
         "tried": len(times),
         "architectures": [{**dict(zip(names, one)), "fitness": best[one], "times": times[one]} for one in order],
     }
-
-
-def _picture(path: Path, draw: Any) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
-    draw(axes)
-    files.write_with(path, lambda place: figure.savefig(place, dpi=120, format="png"))
-    pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""The flags of `evolve`, and what they say against each other. Imports no torch."""
+"""The flags of `evolve`, and what several of them say together. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ REMEMBERING = ("differential-evolution", "pso", "nsga2", "map-elites")  # fitnes
 BASES = ("rand", "best", "current-to-best")
 RESTARTING = ("cma-es", "sep-cma-es")
 RESTARTS = ("none", "ipop", "bipop")
-ANTITHETIC = ("openai-es", "eggroll")
 SPACES = ("full", "lora", "merge", "decode", "hyper", "architecture")
 TRAINING = ("hyper", "architecture")  # spaces whose members are trainings
 SEARCHING = ("snes", "xnes", "cma-es", "sep-cma-es", "differential-evolution", "pso")  # their strategies, and pbt

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from functional_lm import console, evolve_flags
 from functional_lm.errors import FunctionalLMError, UsageError
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_search import Evolution, own_numbers
+from functional_lm.evolve_search import Evolution
+from functional_lm.evolve_strategies import own_numbers
 
 
 def chunk_of(options: EvolveFlags, evolution: Evolution, tokens: int) -> int:

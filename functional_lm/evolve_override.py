@@ -17,7 +17,8 @@ from functional_lm import evolve_flags, run_folder
 from functional_lm import evolve_surroundings as surroundings
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_search import Evolution, strategy_of
+from functional_lm.evolve_search import Evolution
+from functional_lm.evolve_strategies import strategy_of
 
 if TYPE_CHECKING:
     from functional_lm.evolution.journal import Journal

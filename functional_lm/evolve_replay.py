@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, evolve_flags, evolve_override, files
+from functional_lm import console, evolve_flags, evolve_override, files, training_flags
 from functional_lm import evolve_start as start
 from functional_lm import evolve_surroundings as surroundings
 from functional_lm.evolution import ranks
@@ -37,7 +37,7 @@ def replay(options: EvolveFlags) -> int:
     began = dataclasses.replace(flags, **given, device=flags.device if options.device == "auto" else options.device)
     out = Path(options.out) if options.out != EvolveFlags.out else Path(f"{began.out}-replayed")
     files.refuse_existing(out)
-    began = start.on_this_machine(began)
+    began = training_flags.on_this_machine(began)
     if began.compile != flags.compile:
         console.say("the journal's run was compiled and this machine cannot: the last bits may differ")
     evolution = evolution_of(began)

@@ -1,4 +1,4 @@
-"""What `evolve` evolves, and how: spaces and strategies by the names that the flags give them."""
+"""What `evolve` evolves: spaces by the names that the flags give them, each with its strategy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm import evolve_flags
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_strategies import of_members
+from functional_lm.evolve_strategies import strategy_of
 
 if TYPE_CHECKING:
     import torch
@@ -110,54 +110,3 @@ def _float32() -> torch.dtype:
     import torch
 
     return torch.float32
-
-
-COMPILED = 1 << 22  # numbers drawn in a generation, above which a compiled draw is worth its compiling
-
-
-def own_numbers(options: EvolveFlags, start: Tree) -> int:
-    """How many numbers a member has of its own."""
-    from functional_lm import tree
-    from functional_lm.evolution.eggroll import low_rank
-    from functional_lm.evolution.strategy import shapes_of
-
-    return low_rank(options.rank).numbers(shapes_of(start)) if options.strategy == "eggroll" else tree.size(start)
-
-
-def strategy_of(options: EvolveFlags, start: Tree) -> Strategy:
-    """What the flags name, for a tree. Whether its parts are compiled depends on these two alone, as replay asks."""
-    from functional_lm.compile import compiled
-    from functional_lm.evolution import cma, eggroll, genetic, gradient, mezo, natural, openai, restarts
-    from functional_lm.training import optimizer
-
-    drawn = own_numbers(options, start) * options.population
-
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        return compiled(function, enabled=options.compile and drawn > COMPILED)
-
-    values = dataclasses.asdict(options)
-    vectors = {
-        "snes": natural.snes,
-        "xnes": natural.xnes,
-        "cma-es": cma.cma_es,
-        "sep-cma-es": cma.sep_cma_es,
-    }
-    if options.strategy == "genetic":
-        names = {field.name for field in dataclasses.fields(genetic.Settings)}
-        settings = genetic.Settings(**{name: value for name, value in values.items() if name in names})
-        return genetic.genetic(settings, wrap)
-    if (found := of_members(options, wrap)) is not None:
-        return found
-    if options.restarts != "none":
-        separable = options.strategy == "sep-cma-es"
-        return restarts.restarting(options.restarts, options.population, options.sigma, separable)
-    if options.strategy in vectors:
-        return vectors[options.strategy](options.population, options.sigma, wrap=wrap)
-    if options.strategy == "mezo":
-        return mezo.mezo(options.population, {name: values[name] for name in gradient.NUMBERS}, wrap)
-    how = gradient.Settings(options.population, options.antithetic, options.shaping, options.noise)
-    numbers = {name: values[name] for name in gradient.NUMBERS}
-    chosen = optimizer.optimizer(options.optimizer)
-    if options.strategy == "openai-es":
-        return openai.openai_es(how, chosen, numbers, wrap)
-    return eggroll.eggroll(how, options.rank, chosen, numbers, wrap)

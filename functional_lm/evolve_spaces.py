@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from functional_lm import files
 from functional_lm import merge as merge_command
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_search import GENERATE, Evolution, key_of, strategy_of
+from functional_lm.evolve_search import GENERATE, Evolution, key_of
+from functional_lm.evolve_strategies import strategy_of
 from functional_lm.merge import MergeFlags
 
 if TYPE_CHECKING:

@@ -21,23 +21,15 @@ if TYPE_CHECKING:
     from functional_lm.evolution.strategy import Strategy
 
 
-def on_this_machine(options: EvolveFlags) -> EvolveFlags:
-    from functional_lm import compile as compiling
+def open_kernels(options: EvolveFlags) -> None:
+    """Compile those that members are computed with, or say why they cannot be."""
     from functional_lm import kernels
 
-    device = compiling.resolve_device(options.device)
-    dtype = str(compiling.resolve_dtype(options.dtype, device)).removeprefix("torch.")
-    obstacle = compiling.obstacle(device) if options.compile else None
-    if obstacle:
-        console.say(f"running without compilation, several times slower: {obstacle}")
-    compile = options.compile and obstacle is None
-    options = dataclasses.replace(options, device=str(device), dtype=dtype, compile=compile)
     if surroundings.asks_for_kernels(options):
         with console.announced("compiling the kernels", quiet=kernels.are_made()):
             obstacle = kernels.obstacle()
         if obstacle:
             console.say(f"adding low-rank noise without a kernel of its own, somewhat slower: {obstacle}")
-    return options
 
 
 def opened(options: EvolveFlags, out: Path, writes: bool) -> tuple[Journal | None, list[str]]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from functional_lm import console, evolve_choices
 from functional_lm.evolution import architectures
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_search import GENERATE, Evolution, key_of, strategy_of
+from functional_lm.evolve_search import GENERATE, Evolution, key_of
+from functional_lm.evolve_strategies import strategy_of
 from functional_lm.model import account
 from functional_lm.model.config import ModelConfig
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, files, run_folder
+from functional_lm import console, files, run_folder, training_flags
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
 from functional_lm.improve_asking import Asker, asker_of
@@ -51,7 +51,9 @@ def run(options: ImproveFlags) -> int:
     if out.resolve() == source.resolve():
         raise UsageError(f"--out {out} is the --model, which stays as it is; choose another folder")
     found = corpus.find(options.data)
-    options = _on_this_machine(options)
+    options = training_flags.on_this_machine(options)
+    if options.least is None and options.score == "exact":
+        options = dataclasses.replace(options, least=1.0)
     model = folder.load(source, options.device)
     conversations.require_markers(model.tokenizer, options.model)
     digest = tree.digest(model.params)
@@ -68,20 +70,6 @@ def run(options: ImproveFlags) -> int:
         files.write_json(out / RECORD, record)
         _settle(out, source, log)
         return _rounds(options, out, model, asker, log, record["since"])
-
-
-def _on_this_machine(options: ImproveFlags) -> ImproveFlags:
-    from functional_lm import compile as compiling
-
-    device = compiling.resolve_device(options.device)
-    dtype = str(compiling.resolve_dtype(options.dtype, device)).removeprefix("torch.")
-    obstacle = compiling.obstacle(device) if options.compile else None
-    if obstacle:
-        console.say(f"running without compilation, several times slower: {obstacle}")
-    least = 1.0 if options.least is None and options.score == "exact" else options.least
-    return dataclasses.replace(
-        options, device=str(device), dtype=dtype, compile=options.compile and obstacle is None, least=least
-    )
 
 
 # Which rounds there are -----------------------------------------------------------------------------------------------

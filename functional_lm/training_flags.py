@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from functional_lm import console
 from functional_lm.errors import UsageError
@@ -50,6 +50,7 @@ FREE = frozenset(
 # Unless something hangs on them: which model is the best one, and where a spike goes back to.
 HANGING = {"patience": ("eval_every", "eval_batches"), "spike": ("save_every", "save_epochs")}
 
+AnyFlags = TypeVar("AnyFlags")  # with --device, --dtype and --compile
 Flags = TypeVar("Flags", bound="TrainingFlags")
 
 
@@ -145,19 +146,28 @@ def check(flags: TrainingFlags) -> None:
         raise UsageError("--overwrite starts again and --resume goes on; give one of them")
 
 
-def resolve_machine(flags: Flags) -> Flags:
-    """`auto` replaced by what this machine has, and a word where it lacks a compiler."""
+def on_this_machine(flags: AnyFlags) -> AnyFlags:
+    """`auto` of --device and --dtype replaced by what this machine has, and a word where it lacks a compiler."""
     from functional_lm import compile as compiling
 
-    device = compiling.resolve_device(flags.device)
-    dtype = str(compiling.resolve_dtype(flags.dtype, device)).removeprefix("torch.")
-    obstacle = compiling.obstacle(device) if flags.compile else None
+    given: Any = flags
+    device = compiling.resolve_device(given.device)
+    dtype = str(compiling.resolve_dtype(given.dtype, device)).removeprefix("torch.")
+    obstacle = compiling.obstacle(device) if given.compile else None
     if obstacle:
         console.say(f"running without compilation, several times slower: {obstacle}")
-    threads = compiling.use_threads(flags.threads)
-    return dataclasses.replace(
-        flags, device=str(device), dtype=dtype, compile=flags.compile and obstacle is None, threads=threads
+    found: AnyFlags = dataclasses.replace(
+        given, device=str(device), dtype=dtype, compile=given.compile and obstacle is None
     )
+    return found
+
+
+def resolve_machine(flags: Flags) -> Flags:
+    """`on_this_machine`, and so many threads."""
+    from functional_lm import compile as compiling
+
+    found = on_this_machine(flags)
+    return dataclasses.replace(found, threads=compiling.use_threads(flags.threads))
 
 
 def resolve_length(flags: Flags, steps_per_epoch: float) -> Flags:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from functional_lm import keys, tree
 from functional_lm.evolution import eggroll, fitness, genetic, gradient, memory, openai
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_search import own_numbers, strategy_of
+from functional_lm.evolve_strategies import own_numbers, strategy_of
 from functional_lm.inference import cache as kv
 from functional_lm.model.config import ModelConfig
 

@@ -14,7 +14,7 @@ from test_evolve import WORDS, at, call, contents, evolved, there, weights_of
 from functional_lm import evolve_flags, evolve_override, keys, tree
 from functional_lm.evolution import journal as journals
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_search import strategy_of
+from functional_lm.evolve_strategies import strategy_of
 
 __all__ = ["at", "there"]  # fixtures
 

@@ -134,6 +134,20 @@ def is_false(node: ast.AST) -> bool:
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
+@pytest.mark.parametrize(
+    ("done", "where"),
+    [
+        ("pyplot.subplots(", {"training/record.py"}),
+        ("running without compilation, several times slower", {"training_flags.py", "serve.py"}),
+        ("stopped(tokens, how.stops)", {"evolution/answers.py"}),
+    ],
+)
+def test_there_is_one_mechanism_each(done: str, where: set[str]) -> None:
+    """What was written two and three times before: the frame of a picture, the machine's dtype, a loop of tokens."""
+    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if done in path.read_text("utf-8")}
+    assert found == where
+
+
 def test_the_package_draws_from_keys_alone() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert PACKAGE / "keys.py" in files

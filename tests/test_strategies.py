@@ -19,7 +19,7 @@ from strategies import SEEDS, numbers
 from torch import Tensor
 
 from functional_lm import compile as compiling
-from functional_lm import evolve_flags, keys, tree
+from functional_lm import keys, tree
 from functional_lm.errors import UsageError
 from functional_lm.evolution import (
     cma,
@@ -36,6 +36,7 @@ from functional_lm.evolution import (
 )
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.strategy import Strategy
+from functional_lm.training import transformation
 from functional_lm.training.optimizer import OPTIMIZERS, optimizer
 from functional_lm.tree import Tree
 
@@ -45,6 +46,8 @@ START: Tree = {
 }
 START = tree.unflatten(tree.flatten(START))  # in canonical order
 AT = {"sigma": 0.1, "learning_rate": 0.05}
+SOME = gradient.Settings(16)
+ONE = torch.tensor(1.0)
 
 
 def made(name: str, population: int = 16, noise: str = "stored") -> Strategy:
@@ -207,12 +210,6 @@ def test_any_optimizer_takes_the_estimate(name: str) -> None:
     assert goal(evolved(strategy, 15).centre) > goal(START)  # type: ignore[attr-defined]
 
 
-def test_flags_name_what_there_is() -> None:
-    assert evolve_flags.BASES == differential.BASES
-    assert ("none", *restarts.KINDS) == evolve_flags.RESTARTS
-    assert set(evolve_flags.SHAPINGS) == set(shaping.SHAPINGS)
-
-
 # The estimate ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,9 +245,13 @@ def test_for_a_linear_fitness_the_estimate_is_unbiased_at_every_rank(
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_low_rank_noise_has_variance_one_and_fourth_moment_3_plus_6_over_r(rank: int) -> None:
     """arXiv 2511.16652: the entries of A Bᵀ / √r are uncorrelated, of kurtosis 3 + 6/r."""
-    shapes = {"a.weight": (40, 30)}
-    drawn = torch.vmap(lambda key: eggroll.low_rank(rank).draw(key, shapes))(keys.split(keys.key(0), 400))["a"]
-    noise = (drawn["lora_B"] @ drawn["lora_A"]) / math.sqrt(rank)
+    perturbation, centre = eggroll.low_rank(rank), {"a": {"weight": torch.zeros(40, 30)}}
+
+    def member(key: Tensor) -> Tensor:
+        noise = perturbation.draw(key, common.shapes_of(centre))
+        return gradient.formed(perturbation.fixed(centre), perturbation.put(centre, noise, ONE))["a"]["weight"]
+
+    noise = torch.vmap(member)(keys.split(keys.key(0), 400))
     assert noise.mean().abs() < 0.02
     assert noise.square().mean() == pytest.approx(1, abs=0.03)
     assert noise.pow(4).mean() == pytest.approx(3 + 6 / rank, rel=0.12)
@@ -283,6 +284,36 @@ def test_mezo_steps_along_the_draw_by_the_difference() -> None:
     for centre, plus, minus, start in zip(*map(tree.leaves, (told.centre, up, down, START)), strict=True):
         noise = (plus - minus) / 0.2
         torch.testing.assert_close(centre, start + 0.5 * (3 - 1) / 0.2 * noise / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*sorted(OPTIMIZERS), "mezo"])
+def test_where_float64_is_asked_the_whole_state_is(name: str) -> None:
+    """Of a float32 tree and float32 fitness too: centre, best, numbers, moments, members."""
+    double = {"numbers": AT, "dtype": torch.float64}
+    strategy = mezo.mezo(16, **double) if name == "mezo" else openai.openai_es(SOME, optimizer(name), **double)
+    state = strategy.init(keys.key(0), START)
+    for fitness in (numbers((16,), 0), numbers((16,), 1)):
+        state = strategy.tell(state, fitness)
+    asked = strategy.ask(state)
+    kept = (state, strategy.renewed(state), strategy.members(asked.shared, asked.own), strategy.dense(asked, 3))
+    assert {leaf.dtype for leaf in tree.leaves(kept) if leaf.is_floating_point()} == {torch.float64}
+
+
+@pytest.mark.parametrize("noise", gradient.NOISES)
+def test_in_float64_the_step_is_the_formula(noise: str) -> None:
+    """rate / (P σ) Σ wᵢ sᵢ εᵢ: one number, weight or sum in float32 would be seen in the ninth place."""
+    plain, how = transformation.scale_by_learning_rate(), gradient.Settings(12, noise=noise)
+    strategy = openai.openai_es(how, plain, AT, dtype=torch.float64)
+    state = strategy.init(keys.key(0), START)
+    candidates, start = strategy.ask(state), tree.cast(START, torch.float64)
+    fitness = torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0, 5.0, 3.5, 8.0, 7.0, 0.0])
+    weights = fitness.double().argsort().argsort().double() / 11 - 0.5
+    steps = [tree.subtract(strategy.dense(candidates, i), start) for i in range(12)]  # ± σ ε
+    wanted = tree.leaves(start)
+    for step, weight in zip(steps, weights):
+        wanted = [at + 0.05 * weight / (12 * 0.1**2) * leaf for at, leaf in zip(wanted, tree.leaves(step))]
+    for found, leaf in zip(tree.leaves(strategy.tell(state, fitness).centre), wanted, strict=True):
+        torch.testing.assert_close(found, leaf, rtol=1e-13, atol=1e-13)
 
 
 def test_a_blockwise_sum_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,17 +124,13 @@ def answerer(
         cache = tree.map(lambda leaf: leaf.view(count, rows, *leaf.shape[1:]), cache)
         row_keys = keys.split(key, rows)
         cache, tokens = read(cache, frozen, own, prompts, row_keys, torch.tensor(0, device=device))
-        state = (cache, tokens.clone())
-        written, ended = [tokens], stopped(tokens, how.stops)
-        for number in range(1, how.tokens):
-            if bool(ended.all()):
-                break
+
+        def go_on(state: Any, number: int) -> tuple[Any, Tensor]:
             at, drawn = prompts.last + number, torch.tensor(number, device=device)
-            state, tokens = decode(state, frozen, own, at, row_keys, drawn)
-            written.append(tokens)
-            ended |= stopped(tokens, how.stops)
-        written += [torch.full_like(tokens, how.stops[0] if how.stops else 0)] * (how.tokens - len(written))
-        return torch.stack(written, -1)
+            made: tuple[Any, Tensor] = decode(state, frozen, own, at, row_keys, drawn)
+            return made
+
+        return written((cache, tokens.clone()), tokens, go_on, how)
 
     def answer(candidates: Candidates, prompts: Prompts, key: Tensor) -> Int[Tensor, "P N M"]:
         with torch.no_grad():
@@ -144,6 +140,21 @@ def answerer(
         return torch.cat(found)[: members(strategy.population, mine)]
 
     return answer
+
+
+def written(
+    state: T, first: Int[Tensor, "*N"], go_on: Callable[[T, int], tuple[T, Tensor]], how: Answering
+) -> Int[Tensor, "*N M"]:
+    """The first tokens and those behind them, `state, tokens = go_on(state, number)`, until every text has ended."""
+    made, ended = [first], stopped(first, how.stops)
+    for number in range(1, how.tokens):
+        if bool(ended.all()):
+            break
+        state, tokens = go_on(state, number)
+        made.append(tokens)
+        ended |= stopped(tokens, how.stops)
+    made += [torch.full_like(first, how.stops[0] if how.stops else 0)] * (how.tokens - len(made))
+    return torch.stack(made, -1)
 
 
 def stopped(tokens: Tensor, stops: Sequence[int]) -> Tensor:

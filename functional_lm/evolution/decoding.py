@@ -26,7 +26,7 @@ from torch import Tensor
 
 from functional_lm import keys, tree
 from functional_lm.compile import compiled
-from functional_lm.evolution.answers import Answering, Prompts, stopped
+from functional_lm.evolution.answers import Answering, Prompts, written
 from functional_lm.evolution.population import chunks, members, preparation, share
 from functional_lm.evolution.spaces import Space
 from functional_lm.evolution.strategy import Candidates, Strategy
@@ -156,15 +156,7 @@ def writer(
         cache, logits = fill(cache, frozen, prompts)
         slots, tokens = first(logits.repeat(count, 1), slots_of(leaves, prompts, key))
         state = tree.copy((tree.map(lambda leaf: leaf.repeat(count, 1, 1, 1), cache), slots))
-        written, ended = [tokens], stopped(tokens, how.stops)
-        for _ in range(1, how.tokens):
-            if bool(ended.all()):
-                break
-            state, tokens = step(state, frozen)
-            written.append(tokens)
-            ended |= stopped(tokens, how.stops)
-        written += [torch.full_like(tokens, how.stops[0] if how.stops else 0)] * (how.tokens - len(written))
-        return torch.stack(written, -1).view(count, rows, -1)
+        return written(state, tokens, lambda state, _: step(state, frozen), how).view(count, rows, -1)
 
     return write
 

@@ -100,9 +100,12 @@ def estimating(
     optimizer: Optimizer,
     numbers: Mapping[str, float] | None = None,
     wrap: Wrap = unwrapped,
+    dtype: torch.dtype = torch.float32,
 ) -> Strategy:
     """The strategy around a perturbation. `wrap` (`compiled`, say) goes around asking, and around telling: whole where
     the noise is small, else around its heavy parts, which are compiled sooner.
+
+    `dtype` is that of numbers, weights and moments; of float64 the centre is too, else it is the tree's own.
 
     Raises UsageError for settings that contradict each other.
     """
@@ -115,11 +118,12 @@ def estimating(
     constants = {**NUMBERS, **(numbers or {})}
 
     def known(device: torch.device) -> dict[str, Tensor]:
-        return {name: torch.tensor(float(value), device=device) for name, value in sorted(constants.items())}
+        return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in sorted(constants.items())}
 
     def init(key: Tensor, start: Tree) -> Search:
+        start = tree.cast(start, dtype) if dtype == torch.float64 else start
         # No two leaves are one tensor, so that one graph serves this state and all later ones.
-        return tree.copy(Search(*common.begun(key, start), optimizer.init(start), known(key.device)))
+        return tree.copy(Search(*common.begun(key, start, dtype), optimizer.init(start), known(key.device)))
 
     def renewed(state: Search) -> Search:
         return state._replace(numbers=known(state.key.device))
@@ -130,7 +134,7 @@ def estimating(
     def both(centre: Tree, key: Tensor, sigma: Tensor) -> Tree:
         """A pair: its noise is drawn once."""
         noise = perturbation.draw(key, common.shapes_of(centre))
-        amounts = sigma * torch.tensor(signs, device=key.device)
+        amounts = sigma * torch.tensor(signs, dtype=dtype, device=key.device)
         return torch.vmap(lambda amount: perturbation.put(centre, noise, amount))(amounts)
 
     def all_of_them(centre: Tree, own: Tensor, sigma: Tensor) -> Tree:
@@ -151,7 +155,7 @@ def estimating(
         fixed = perturbation.fixed(state.centre)
         if settings.noise == "stored":
             return Candidates(fixed, {}, all_of_them(state.centre, own, sigma))
-        sign = torch.tensor(signs, device=own.device).repeat(pairs)
+        sign = torch.tensor(signs, dtype=dtype, device=own.device).repeat(pairs)
         each = {"key": own.repeat_interleave(len(signs), 0), "sign": sign}
         return Candidates(fixed, {"centre": state.centre, "sigma": sigma}, each)
 
@@ -177,7 +181,8 @@ def estimating(
             return winner(state.centre, key, sign * sigma)
 
         best, best_fitness = common.improved(state, fitness, candidate)
-        weights = weigh(fitness.to(own.device)).to(sigma.dtype).view(pairs, len(signs))
+        fitness = fitness.to(own.device, torch.promote_types(fitness.dtype, dtype))
+        weights = weigh(fitness).to(dtype).view(pairs, len(signs))
         weights = (weights * torch.tensor(signs, device=own.device)).sum(-1) / (count * sigma)
         shapes = common.shapes_of(state.centre)
         at_once = max(1, BLOCK // perturbation.numbers(shapes))

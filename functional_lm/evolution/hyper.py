@@ -36,7 +36,7 @@ from functional_lm.evolution.strategy import Candidates, Strategy
 from functional_lm.training.step import Batch, Training, TrainState
 from functional_lm.tree import Tree
 
-BELOW_ONE = ("beta1", "beta2", "momentum", "ema_decay")
+BELOW_ONE = ("beta1", "beta2", "momentum")
 Numbers = dict[str, Float[Tensor, "P"]]
 
 

@@ -27,7 +27,10 @@ def mezo(
     wrap: Wrap = unwrapped,
     dtype: torch.dtype = torch.float32,
 ) -> Strategy:
-    """The strategy of `population` / 2 pairs; `numbers` are σ, learning_rate and weight_decay."""
+    """The strategy of `population` / 2 pairs; `numbers` are σ, learning_rate and weight_decay.
+
+    With `dtype` float64 the whole state is float64, whatever the tree that it begins with is.
+    """
     plain = chain(decay=add_decayed_weights(is_matrix), rate=scale_by_learning_rate())
     settings = Settings(population, antithetic=True, shaping=gradient.DIFFERENCE, noise="regenerated")
-    return gradient.estimating("mezo", settings, openai.dense(dtype), plain, numbers, wrap)
+    return gradient.estimating("mezo", settings, openai.dense(dtype), plain, numbers, wrap, dtype)

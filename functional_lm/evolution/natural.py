@@ -59,22 +59,26 @@ def xnes(population: int, sigma: float, dtype: torch.dtype = torch.float64, wrap
     Its steps are those of the rotated problem rotated. D² numbers and D³ work: D is at most `vector.FULL_LIMIT`.
     """
 
-    def search(size: int, dtype: torch.dtype) -> Search:
-        rate = (9 + 3 * math.log(size)) / (5 * size * math.sqrt(size))
+    return vector.over_vectors(
+        "xnes", population, lambda size, dtype: exponential(size, sigma, dtype), dtype, vector.FULL_LIMIT, wrap
+    )
 
-        def update(at: Full, z: Tensor, x: Tensor, ranked: Int[Tensor, "P"]) -> Full:
-            u = utilities(len(ranked), dtype, z.device).flip(0)
-            z = z[ranked]
-            identity = torch.eye(size, dtype=dtype, device=z.device)
-            shape = (z.mT * u) @ z - u.sum() * identity
-            mean = at.mean + at.transform @ (u @ z)
-            return Full(mean, at.transform @ torch.linalg.matrix_exp(rate / 2 * shape))
 
-        return Search(
-            lambda mean: Full(mean, sigma * torch.eye(size, dtype=dtype, device=mean.device)),
-            lambda at, z: at.mean + z @ at.transform.mT,
-            update,
-            lambda at: at.mean,
-        )
+def exponential(size: int, sigma: float, dtype: torch.dtype) -> Search:
+    """The functions of xNES for vectors of `size` numbers."""
+    rate = (9 + 3 * math.log(size)) / (5 * size * math.sqrt(size))
 
-    return vector.over_vectors("xnes", population, search, dtype, vector.FULL_LIMIT, wrap)
+    def update(at: Full, z: Tensor, x: Tensor, ranked: Int[Tensor, "P"]) -> Full:
+        u = utilities(len(ranked), dtype, z.device).flip(0)
+        z = z[ranked]
+        identity = torch.eye(size, dtype=dtype, device=z.device)
+        shape = (z.mT * u) @ z - u.sum() * identity
+        mean = at.mean + at.transform @ (u @ z)
+        return Full(mean, at.transform @ torch.linalg.matrix_exp(rate / 2 * shape))
+
+    return Search(
+        lambda mean: Full(mean, sigma * torch.eye(size, dtype=dtype, device=mean.device)),
+        lambda at, z: at.mean + z @ at.transform.mT,
+        update,
+        lambda at: at.mean,
+    )

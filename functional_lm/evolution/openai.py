@@ -27,8 +27,11 @@ def openai_es(
     wrap: Wrap = unwrapped,
     dtype: torch.dtype = torch.float32,
 ) -> Strategy:
-    """The strategy; `optimizer` (AdamW if not given) is any of `training/`, `numbers` are σ and what it reads."""
-    return gradient.estimating("openai-es", settings, dense(dtype), optimizer or adamw(), numbers, wrap)
+    """The strategy; `optimizer` (AdamW if not given) is any of `training/`, `numbers` are σ and what it reads.
+
+    With `dtype` float64 the whole state is float64, whatever the tree that it begins with is.
+    """
+    return gradient.estimating("openai-es", settings, dense(dtype), optimizer or adamw(), numbers, wrap, dtype)
 
 
 def dense(dtype: torch.dtype = torch.float32) -> Perturbation:

@@ -13,7 +13,6 @@ Axes: P members, D numbers of the tree.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,8 +121,3 @@ def check_size(name: str, size: int, limit: int | None) -> None:
 def drawn(key: Tensor, population: int, size: int, dtype: torch.dtype) -> Float[Tensor, "P D"]:
     """Standard normal numbers for each member of a generation."""
     return torch.vmap(lambda own: keys.normal(own, (size,), dtype))(common.member_keys(key, population))
-
-
-def usual_population(size: int) -> int:
-    """4 + ⌊3 ln D⌋ (arXiv 1604.00772, equation 48)."""
-    return 4 + math.floor(3 * math.log(size))

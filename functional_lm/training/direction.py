@@ -1,4 +1,7 @@
-"""Directions: transformations that turn gradients into updates of about unit size. Moments are float32."""
+"""Directions: transformations that turn gradients into updates of about unit size.
+
+Moments are float32, those of float64 leaves float64.
+"""
 
 from __future__ import annotations
 
@@ -177,4 +180,4 @@ def _by_shape(function: Callable[[Tensor], Tensor], leaves: Tree) -> Tree:
 
 
 def _zeros(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf, dtype=torch.float32)
+    return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))

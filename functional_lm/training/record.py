@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from functional_lm import files
 from functional_lm.errors import UsageError
 from functional_lm.training.board import Board
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Value = float | list[float]
 Values = Mapping[str, Value]
@@ -191,30 +194,38 @@ def _length(path: Path, step: int) -> int:
 
 def plot(folder: Path) -> Path:
     """Draw `loss.png` from `metrics.jsonl`: training loss, its running mean, validation loss, over steps."""
+    rows = read(folder / "metrics.jsonl")
+    train, validation = _curves(rows, "loss"), _curves(rows, "val_loss")
+
+    def draw(axes: Axes) -> None:
+        for member, (steps, losses) in enumerate(train):
+            color, name = f"C{member}", f"member {member}" if len(train) > 1 else "training, running mean"
+            if len(train) == 1:
+                axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8, label="training, by step")
+            axes.plot(steps, _smooth(losses), color=color, label=name)
+        for member, (steps, losses) in enumerate(validation):
+            color, name = ("C1", "validation") if len(validation) == 1 else (f"C{member}", "")
+            axes.plot(steps, losses, color=color, marker="o", markersize=3, label=name or None)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+        axes.grid(alpha=0.3)
+        if train or validation:
+            axes.legend()
+
+    return picture(folder / "loss.png", draw)
+
+
+def picture(path: Path, draw: Callable[[Axes], None], width: float = 8.0) -> Path:
+    """Write what `draw` puts into one frame as a PNG of `width` x 4.5 inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read(folder / "metrics.jsonl")
-    train = _curves(rows, "loss")
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for member, (steps, losses) in enumerate(train):
-        color, name = f"C{member}", f"member {member}" if len(train) > 1 else "training, running mean"
-        if len(train) == 1:
-            axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8, label="training, by step")
-        axes.plot(steps, _smooth(losses), color=color, label=name)
-    validation = _curves(rows, "val_loss")
-    for member, (steps, losses) in enumerate(validation):
-        color, name = ("C1", "validation") if len(validation) == 1 else (f"C{member}", "")
-        axes.plot(steps, losses, color=color, marker="o", markersize=3, label=name or None)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
-    axes.grid(alpha=0.3)
-    if train or validation:
-        axes.legend()
-    files.write_with(folder / "loss.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+    figure, axes = pyplot.subplots(figsize=(width, 4.5), layout="constrained")
+    draw(axes)
+    files.write_with(path, lambda place: figure.savefig(place, dpi=120, format="png"))
     pyplot.close(figure)
-    return folder / "loss.png"
+    return path
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[list[int], list[float]]]:

@@ -1,0 +1,107 @@
+"""The names in the flags of `evolve`, which import no torch, and in the README are those of what there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from functional_lm import evolve_flags, evolve_spaces, evolve_strategies, keys, merge, sampling_settings
+from functional_lm.evolution import decoding, differential, fitness, genetic, gradient, restarts, shaping
+from functional_lm.evolve_flags import EvolveFlags
+from functional_lm.flags import describe
+from functional_lm.model import merge as merging
+from functional_lm.training import optimizer
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+NEEDED: Mapping[str, Mapping[str, Any]] = {  # by strategies that a flag of their own has to be given to
+    "nsga2": {"fitness": "loss,bits"},
+    "map-elites": {"descriptor": ("bits",), "bins": "3", "ranges": ("0:1",)},
+}
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """What a flag may be."""
+    (flag,) = (flag for flag in describe(EvolveFlags) if flag.name == name)
+    return tuple(flag.about["choices"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "there"),
+    [
+        ("strategy", {*evolve_strategies.STRATEGIES, "pbt"}),
+        ("space", {"full", "lora", *evolve_spaces.SPACES, *evolve_flags.TRAINING}),
+        ("method", set(merging.METHODS)),
+        ("settings", set(decoding.INTO)),
+        ("optimizer", set(optimizer.OPTIMIZERS)),
+        ("shaping", set(shaping.SHAPINGS)),
+        ("noise", set(gradient.NOISES)),
+        ("restarts", {"none", *restarts.KINDS}),
+        ("crossover", set(genetic.CROSSOVERS)),
+        ("mutation", set(genetic.MUTATIONS)),
+        ("de_base", set(differential.BASES)),
+        ("tuned", set(gradient.NUMBERS) - {"sigma"}),
+    ],
+)
+def test_a_flag_can_be_what_there_is(flag: str, there: set[str]) -> None:
+    """No name more, none less, none twice."""
+    assert set(choices(flag)) == there
+    assert len(choices(flag)) == len(there)
+
+
+def test_fitness_can_be_what_there_is() -> None:
+    assert set(evolve_flags.MEASURED) == set(fitness.OBJECTIVES)
+    assert tuple(sampling_settings.USUAL) == choices("settings")
+    assert merge.METHODS == merging.METHODS
+
+
+def states() -> dict[str, tuple[Any, Any]]:
+    """Each strategy of the flags, and a state of it."""
+    start: dict[str, Any] = {"w": torch.ones(3, 2)}
+    found = {}
+    for name in evolve_strategies.STRATEGIES:
+        options = dataclasses.replace(EvolveFlags(), strategy=name, population=4, **NEEDED.get(name, {}))
+        strategy = evolve_strategies.strategy_of(options, start)
+        found[name] = strategy, strategy.init(keys.key(0), start)
+    return found
+
+
+def test_kinds_of_strategies_are_those_of_their_states() -> None:
+    """Estimating ones have an optimizer's numbers, remembering ones their members' figures, searching ones a tree each.
+
+    Those that restart are those that `--restarts` changes.
+    """
+    made = states()
+    assert [strategy.name for strategy, _ in made.values()] == [*made]
+    fields = {name: set(state._fields) for name, (_, state) in made.items()}
+    gradients = {name for name, (_, state) in made.items() if isinstance(state, gradient.Search)}
+    assert gradients == {*evolve_flags.ESTIMATING, "mezo"}
+    remembered = {name for name, its in fields.items() if its & {"fitness", "figures"}}
+    assert remembered == set(evolve_flags.REMEMBERING)
+    distributions = {name for name, its in fields.items() if "distribution" in its}
+    assert distributions | {"differential-evolution", "pso"} == set(evolve_flags.SEARCHING)
+    kept = {name for name, its in fields.items() if its & {"members", "elites"}} - {"nsga2"}
+    assert kept | {"pbt"} == set(evolve_flags.KEEPING)
+    again = {name: fields_of(EvolveFlags(strategy=name, population=4, restarts="ipop")) for name in distributions}
+    assert {name for name, its in again.items() if "run" in its} == set(evolve_flags.RESTARTING)
+
+
+def fields_of(options: EvolveFlags) -> set[str]:
+    start = {"w": torch.ones(3, 2)}
+    return set(evolve_strategies.strategy_of(options, start).init(keys.key(0), start)._fields)
+
+
+@pytest.mark.parametrize(("flag", "head"), [("space", "what is evolved"), ("strategy", "how")])
+def test_the_readme_has_a_row_for_each(flag: str, head: str) -> None:
+    """(Population-based training has a section of its own.)"""
+    table = re.search(rf"\| {head} \| `--{flag}` \|\n\|---\|---\|\n((?:\|.*\n)+)", README)
+    assert table is not None
+    rows = [row.rsplit(" | ", 1)[1] for row in table[1].splitlines()]
+    named = [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+    assert sorted(named) == sorted(set(choices(flag)) - {"pbt"})
+    assert "--strategy pbt" in README
