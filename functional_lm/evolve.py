@@ -177,6 +177,7 @@ def _run(
 
         def record(number: int, values: Values) -> None:
             recorder.metrics(number, values)
+            recorder.sync()
             run_folder.settle(out)  # a fitness may fail until it has measured a generation
 
         hooks = loop.Hooks(measure, record, validate, advance, task.describe, agree, group.hurry)

@@ -15,31 +15,42 @@ if TYPE_CHECKING:
 
     from functional_lm.evolution import hyper
     from functional_lm.evolution.journal import Journal
-    from functional_lm.evolve_task import Source, Task
+    from functional_lm.evolution.strategy import Strategy
+    from functional_lm.evolve_task import Divide, Source, Task
     from functional_lm.folder import Model
     from functional_lm.tree import Tree
 
 
 def evolution_of(options: EvolveFlags, model: Model, digest: str) -> Evolution:
     """P trainings of the model as a strategy whose candidates are their weights."""
-    from functional_lm import folder, keys
-    from functional_lm.evolution import hyper, spaces
-    from functional_lm.model import transformer
-
-    def fresh(key: Tensor) -> Tree:
-        return transformer.init(model.config, key)
+    from functional_lm import evolve_override, folder, keys
+    from functional_lm.evolution import spaces
 
     def write(path: Path, leaves: Tree) -> None:
         folder.save(path, leaves, model.config, model.tokenizer)
 
     def facts(journal: Journal, kept: str, leaves: Tree) -> Mapping[str, Any]:
         key = keys.fold_in_name(key_of(options), "evolution")
-        return {"numbers": schedule(journal, key, numbers(options), settings(options), kept)}
 
-    strategy = hyper.pbt(
+        def at(generation: int) -> hyper.Settings:
+            return settings(evolve_override.flags_of(journal.began(generation), str(journal.path)))
+
+        return {"numbers": schedule(journal, key, numbers(options), at, kept)}
+
+    strategy = strategy_of(options, model)
+    return Evolution(model, spaces.full(model.params), strategy, digest, write, GENERATE, "model", facts)
+
+
+def strategy_of(options: EvolveFlags, model: Model) -> Strategy:
+    from functional_lm.evolution import hyper
+    from functional_lm.model import transformer
+
+    def fresh(key: Tensor) -> Tree:
+        return transformer.init(model.config, key)
+
+    return hyper.pbt(
         settings(options), functions(options, model.config), numbers(options), fresh if options.fresh else None
     )
-    return Evolution(model, spaces.full(model.params), strategy, digest, write, GENERATE, "model", facts)
 
 
 def settings(options: EvolveFlags) -> hyper.Settings:
@@ -49,7 +60,11 @@ def settings(options: EvolveFlags) -> hyper.Settings:
 
 
 def schedule(
-    journal: Journal, key: Tensor, numbers: Mapping[str, float], settings: hyper.Settings, kept: str
+    journal: Journal,
+    key: Tensor,
+    numbers: Mapping[str, float],
+    settings: Callable[[int], hyper.Settings],
+    kept: str,
 ) -> dict[str, list[float]]:
     """The numbers that led to the model that is kept, generation by generation: what key and fitness say."""
     import torch
@@ -67,7 +82,7 @@ def schedule(
     return hyper.lineage(*hyper.history(key, measured, numbers, settings), generation, member)
 
 
-def task_of(options: EvolveFlags, evolution: Evolution, source: Source) -> Task:
+def task_of(options: EvolveFlags, evolution: Evolution, source: Source, divide: Divide) -> Task:
     """Train on from generation to generation, and measure on the first half of what is held out; the end is measured
     on the other half."""
     import torch
@@ -79,7 +94,7 @@ def task_of(options: EvolveFlags, evolution: Evolution, source: Source) -> Task:
 
     half = max(1, len(source.held) // 2)
     objective, dtype = task.objective_of(options.fitness, evolution.model), getattr(torch, options.dtype)
-    part, space = population.share(options.population), spaces.full(evolution.model.params)
+    part, space = divide(source.tokens * options.steps), spaces.full(evolution.model.params)
 
     def wrap(donate: bool) -> Callable[..., Any]:
         return lambda function: compiled(function, donate=donate, enabled=options.compile)

@@ -42,6 +42,7 @@ READ = {
     "differential-evolution": ("de_base", "de_weight", "de_crossover"),
     "pso": ("inertia", "cognitive", "social"),
     "map-elites": ("sigma", "line"),
+    "pbt": ("exploit", "perturb", "resample", "spread"),
 }
 WHY = {
     "it is what is evolved": (
@@ -64,7 +65,7 @@ def changes(options: EvolveFlags, journal: Journal, out: Path) -> list[str]:
     before |= journal.header["flags"]
     names = [name for name in evolve_flags.fixed(options) if not run_folder.same(name, before[name], now[name])]
     found = [f"--{name} was {before[name]}, is {now[name]}" for name in names]
-    found += surroundings.changed_functions(options, journal.header)
+    found += surroundings.changed_functions(surroundings.functions(options), journal.header)
     if never := [f"--{name} ({why})" for name in names if (why := obstacle(name, options))]:
         raise UsageError(
             f"{out} holds another run ({'; '.join(found)}), and nothing overrides {', '.join(never)}; choose another "
@@ -91,6 +92,14 @@ def flags_of(header: Mapping[str, Any], what: str) -> EvolveFlags:
     return EvolveFlags(**values)
 
 
+def _strategy(options: EvolveFlags, evolution: Evolution) -> Strategy:
+    from functional_lm import evolve_hyper
+
+    if options.strategy == "pbt":
+        return evolve_hyper.strategy_of(options, evolution.model)
+    return strategy_of(options, evolution.space.start)
+
+
 def strategies(options: EvolveFlags, evolution: Evolution, journal: Journal) -> Callable[[int], Strategy]:
     """The strategy of each generation of a journal, on this machine; `options` are those of `evolution`."""
     from functional_lm import compile as compiling
@@ -102,7 +111,7 @@ def strategies(options: EvolveFlags, evolution: Evolution, journal: Journal) -> 
     def of(values: tuple[Any, ...]) -> Strategy:
         then = dataclasses.replace(options, **dict(zip(names, values)))
         then = dataclasses.replace(then, compile=then.compile and compiles)
-        return evolution.strategy if then == options else strategy_of(then, evolution.space.start)
+        return evolution.strategy if then == options else _strategy(then, evolution)
 
     def at(number: int) -> Strategy:
         flags = flags_of(journal.began(number), str(journal.path))

@@ -10,7 +10,7 @@ from functional_lm import console, evolve_flags, evolve_override, files, run_fol
 from functional_lm import evolve_surroundings as surroundings
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_memory import chunk_of
+from functional_lm.evolve_memory import chunk_of, trainings_at_once
 from functional_lm.evolve_search import Evolution, key_of
 from functional_lm.evolve_task import Task
 
@@ -76,9 +76,7 @@ def share(options: EvolveFlags, evolution: Evolution, journal: Journal | None, t
     from functional_lm.evolution import population
 
     if options.space in evolve_flags.TRAINING:
-        from functional_lm import evolve_trained
-
-        size = evolve_trained.chunk_of(options, evolution.model, group.count)
+        size = trainings_at_once(options, evolution.model, group.count)
     else:
         size = chunk_of(options, evolution, tokens)
     if options.chunk_size == "auto":

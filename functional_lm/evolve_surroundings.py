@@ -1,9 +1,9 @@
-"""What a run of `evolve` depends on beside its flags, its model and its text: functions of others, the machine."""
+"""What runs of `evolve` and `improve` depend on beside flags, model and text: functions of others, the machine."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from functional_lm import evolve_flags
 from functional_lm.evolve_flags import EvolveFlags
 
 
-def functions(options: EvolveFlags) -> dict[str, str]:
-    """The sha256 of the file of each function that a figure names: the name does not say what it computes.
+def digests(names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of the file of each function among these names: the name does not say what it computes.
 
     What that file imports is not looked at. Raises UsageError for one that cannot be imported.
     """
@@ -20,17 +20,22 @@ def functions(options: EvolveFlags) -> dict[str, str]:
     from functional_lm.evolution import answers
 
     found: dict[str, str] = {}
-    for name in filter(lambda name: ":" in name, evolve_flags.figures(options)):
+    for name in filter(lambda name: ":" in name, names):
         answers.named(name)
         file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
         found[name] = seal.sha256(Path(file)) if file else ""
     return found
 
 
-def changed_functions(options: EvolveFlags, header: Mapping[str, Any]) -> list[str]:
-    """Those that were others when the journal with this header began."""
-    before = header.get("functions", {})
-    return [f"{name} has changed" for name, now in functions(options).items() if before.get(name, now) != now]
+def functions(options: EvolveFlags) -> dict[str, str]:
+    """Those that the figures of an evolution name."""
+    return digests(evolve_flags.figures(options))
+
+
+def changed_functions(now: Mapping[str, str], record: Mapping[str, Any]) -> list[str]:
+    """Those that were others when the run with this record began."""
+    before = record.get("functions", {})
+    return [f"{name} has changed" for name, digest in now.items() if before.get(name, digest) != digest]
 
 
 def processor(options: EvolveFlags) -> str:

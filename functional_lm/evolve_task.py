@@ -97,7 +97,7 @@ def _trained(options: EvolveFlags, evolution: Evolution, source: Source, divide:
             f"larger --val_fraction than {options.val_fraction:g}"
         )
     if options.strategy == "pbt":
-        return evolve_hyper.task_of(options, evolution, source)
+        return evolve_hyper.task_of(options, evolution, source, divide)
     return evolve_trained.task_of(options, evolution, source, source.tokens // options.batch_size, divide)
 
 

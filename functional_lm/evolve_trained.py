@@ -140,25 +140,6 @@ def functions(options: EvolveFlags, config: ModelConfig) -> Training:
     )
 
 
-def chunk_of(options: EvolveFlags, model: Model, ranks: int) -> int:
-    """Members that are trained at once: those that half of the free memory holds, of the largest architecture."""
-    import torch
-
-    from functional_lm.evolution import memory
-
-    if options.chunk_size != "auto":
-        return int(options.chunk_size)
-    width = account.WIDTHS[options.dtype]
-    each = max(
-        account.training_memory(
-            config, options.batch_size, options.block_size or config.max_len, width, compiled=options.compile
-        ).total
-        for config in grid_of(options, model.config).able.values()
-    )
-    room = int(memory.SHARE * memory.free_memory(torch.device(options.device))) // each
-    return max(1, min(room, -(-options.population // ranks)))
-
-
 def task_of(options: EvolveFlags, evolution: Evolution, source: Source, length: int, divide: Divide) -> Task:
     """Train, then measure. `held_out` trains what it is given, and measures on the other half of what is held out."""
     import torch

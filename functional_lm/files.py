@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from functional_lm import disk, pickles
 from functional_lm.disk import make_folder, remove, sync
@@ -34,6 +34,7 @@ __all__ += ["replace", "safetensors_header", "sweep", "sweep_beside", "sync", "w
 __all__ += ["writing", "writing_folder"]
 
 TEMPORARY, UNFINISHED = ".tmp-", ".part-"
+BYTE_ORDERS: tuple[Literal["little"], Literal["big"]] = ("little", "big")
 LEFT_OVER = re.compile(re.escape(TEMPORARY) + r"(?P<old>old-)?(?P<process>\d+)-(?P<name>.+)", re.DOTALL)
 
 
@@ -227,6 +228,27 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def not_safetensors(path: str | Path, error: object = None) -> DataError:
+    """What is said of a file that is no whole safetensors file."""
+    if _swapped(Path(path)):
+        return DataError(f"{path} has its bytes in the other order (big-endian; safetensors is little-endian); "
+                         "write it again")  # fmt: skip
+    why = "" if error is None else f" ({error})"
+    return DataError(f"{path} is not a whole safetensors file{why}; write or copy it again")
+
+
+def _swapped(path: Path) -> bool:
+    """Whether a safetensors file would begin with its header's length if that were big-endian."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(8)
+            little, big = (int.from_bytes(raw, order) for order in BYTE_ORDERS)
+            whole = path.stat().st_size
+            return len(raw) == 8 and big <= whole - 8 < little and isinstance(parse_json(file.read(big)), dict)
+    except (OSError, ValueError):
+        return False
+
+
 def safetensors_header(path: str | Path) -> dict[str, dict[str, Any]]:
     """`{name: {"dtype", "shape", "data_offsets"}}` of a safetensors file, without its tensors and without torch.
 
@@ -248,7 +270,7 @@ def safetensors_header(path: str | Path) -> dict[str, dict[str, Any]]:
     except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
         intact, end = False, 0
     if not intact or 8 + length + end != whole:
-        raise DataError(f"{path} is not a whole safetensors file; write or copy it again")
+        raise not_safetensors(path)
     return tensors
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from functional_lm import console, run_end, run_folder, trainer, training_flags, training_report
+from functional_lm import console, run_end, run_folder, trainer, training_flags, training_report, training_room
 from functional_lm.adaptation_flags import (
     EPOCHS,
     AdaptationFlags,
@@ -74,10 +74,10 @@ def run(options: Options) -> int:
     started, out = time.perf_counter(), Path(options.out)
     if options.steps is None and options.epochs is None and options.minutes is None:
         options = dataclasses.replace(options, epochs=EPOCHS)
-    found = _check(options)
+    found, config = _check(options)
     options = training_flags.resolve_machine(options)
     with run_folder.held(out):
-        checkpoint = run_folder.checkpoint_to_resume(options, {}, out)
+        checkpoint = run_folder.checkpoint_to_resume(options, {}, out, lambda vocab_size: config)
         if checkpoint is not None and run_end.is_complete(options, checkpoint, out):
             return 0
         model = folder.load(options.model, options.device, quantized=isinstance(options, LoraFlags))
@@ -95,8 +95,9 @@ def run(options: Options) -> int:
         return _train(options, model, data, method, checkpoint, record, report)
 
 
-def _check(options: Options) -> Corpus:
-    """What flags say against each other and against the files that they name; returns the data, which is there."""
+def _check(options: Options) -> tuple[Corpus, model_config.ModelConfig]:
+    """What flags say against each other and against the files that they name; returns the data, which is there, and
+    the architecture."""
     from functional_lm.text import corpus
 
     training_flags.check(options)
@@ -107,7 +108,7 @@ def _check(options: Options) -> Corpus:
     if options.overwrite:
         read = [("model", options.model), *(("data", path) for path in found.files)]
         run_folder.check_overwrite(Path(options.out), read)
-    return found
+    return found, config
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -228,6 +229,7 @@ def _everything(options: Options, model: Model) -> Method:
 
     dtype = getattr(torch, options.dtype)
     config = dataclasses.replace(model.config, checkpoint_activations=options.checkpoint_activations)
+    training_room.check(options, config, there=tree.nbytes(model.params), less="lora-finetune needs less")
     return Method(
         trainer.functions(options, config),
         tree.cast(model.params, torch.float32),  # masters
@@ -250,6 +252,7 @@ def _adapter(options: Options, model: Model) -> Method:
 
     dtype = getattr(torch, options.dtype)
     config = dataclasses.replace(model.config, checkpoint_activations=options.checkpoint_activations)
+    training_room.check_adapter(options, config)
     adapter = lora.init(
         model.params,
         options.lora_targets,

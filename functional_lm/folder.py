@@ -117,10 +117,26 @@ def check_finite(params: Tree, what: str | Path) -> None:
     for name, leaf in tree.flatten(params).items():
         if leaf.is_floating_point() and not leaf.isfinite().all():
             bad = int((~leaf.isfinite()).sum())
+            if _sound(_swapped(leaf)):
+                raise DataError(
+                    f"{what}: {name!r} has the bytes of its numbers in the other order (big-endian; safetensors is "
+                    "little-endian); write it again"
+                )
             raise DataError(
                 f"{what}: {name!r} holds NaN or infinite numbers ({bad} of {leaf.numel()}); the model is damaged, or "
                 "its training diverged: take an earlier one"
             )
+
+
+def _swapped(leaf: Tensor) -> Tensor:
+    """Each number with its bytes in the other order."""
+    numbers = leaf.detach().cpu().contiguous().flatten()
+    return numbers.view(torch.uint8).view(-1, leaf.element_size()).flip(1).contiguous().view(leaf.dtype).flatten()
+
+
+def _sound(numbers: Tensor) -> bool:
+    """Whether they may be weights; those whose bytes were turned round have any size at all."""
+    return bool(numbers.isfinite().all()) and float(numbers.abs().max()) < 1e6
 
 
 def save(folder: str | Path, params: Tree, config: ModelConfig, tokenizer: Tokenizer, plan: Plan | None = None) -> None:

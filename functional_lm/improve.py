@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from functional_lm import console, files, run_folder, training_flags
+from functional_lm import evolve_surroundings as surroundings
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, UsageError
 from functional_lm.improve_asking import Asker, asker_of
 from functional_lm.improve_flags import ImproveFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from functional_lm.evolution.improvement import Answer
     from functional_lm.folder import Model
@@ -59,14 +60,15 @@ def run(options: ImproveFlags) -> int:
     digest = tree.digest(model.params)
     text = hashlib.sha256("".join(map(seal.sha256, found.files)).encode()).hexdigest()
     asker = asker_of(options, model, found)
-    before = _opened(options, out, digest, text)
+    functions = surroundings.digests([options.score])
+    before = _opened(options, out, digest, text, functions)
     if before is None and out.is_dir() and not all(map(run_folder.left_over, out.iterdir())):
         raise UsageError(f"{out} holds something else; choose another --out")
     files.make_folder(out)
     busy = f"another process is improving {out}; wait for it, or choose another --out"
     with files.locked(out / run_folder.LOCK, busy), run_saving.unwritten("the round was not written"):
         files.sweep(out)
-        record, log = before or (_record(options, digest, text), [])
+        record, log = before or (_record(options, digest, text, functions), [])
         files.write_json(out / RECORD, record)
         _settle(out, source, log)
         return _rounds(options, out, model, asker, log, record["since"])
@@ -75,14 +77,14 @@ def run(options: ImproveFlags) -> int:
 # Which rounds there are -----------------------------------------------------------------------------------------------
 
 
-def _record(options: ImproveFlags, digest: str, text: str) -> dict[str, Any]:
+def _record(options: ImproveFlags, digest: str, text: str, functions: Mapping[str, str]) -> dict[str, Any]:
     """Under which flags rounds are, since which one, and what they began with."""
     flags = run_folder.as_json(dataclasses.asdict(options))
-    return {"flags": flags, "digest": digest, "text": text, "since": 0, "earlier": []}
+    return {"flags": flags, "digest": digest, "text": text, "functions": functions, "since": 0, "earlier": []}
 
 
 def _opened(
-    options: ImproveFlags, out: Path, digest: str, text: str
+    options: ImproveFlags, out: Path, digest: str, text: str, functions: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     """The record and the rounds to go on from, None for a new run.
 
@@ -92,10 +94,10 @@ def _opened(
     if not (out / RECORD).is_file():
         return None
     try:
-        record = {"since": 0, "earlier": [], **files.read_json(out / RECORD)}
+        record = {"since": 0, "earlier": [], "functions": {}, **files.read_json(out / RECORD)}
         before, base = record["flags"], record["digest"]
         kinds = ((before, dict), (base, str), (record["since"], int), (record["earlier"], list))
-        if not all(isinstance(value, kind) for value, kind in kinds):
+        if not isinstance(record["functions"], dict) or not all(isinstance(value, kind) for value, kind in kinds):
             raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out / RECORD} is damaged; choose another --out") from error
@@ -108,12 +110,13 @@ def _opened(
     ]
     if record.get("text", text) != text:  # rounds of an earlier version did not note it
         changes.append("the text has changed")
+    changes += surroundings.changed_functions(functions, record)
     run_folder.agree(f"{out} holds other rounds", changes, options.override, "another --out starts beside them")
     log = _log(out)
     if not changes:
         return record, log
-    last = {name: record.get(name) for name in ("flags", "text", "since")}
-    return {**_record(options, digest, text), "since": len(log), "earlier": [*record["earlier"], last]}, log
+    last = {name: record.get(name) for name in ("flags", "text", "functions", "since")}
+    return {**_record(options, digest, text, functions), "since": len(log), "earlier": [*record["earlier"], last]}, log
 
 
 def _log(out: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from functional_lm.options import REQUIRED, option
 if TYPE_CHECKING:
     from functional_lm.text.download import Downloads
     from functional_lm.text.prepare import Summary
+    from functional_lm.text.tokenizer import Tokenizer
 
 SOURCES = "files, folders, globs, http(s) addresses, stdlib, commas between; SRC=2 weighs twice"
 KINDS = ("bpe", "unigram", "char", "bytes", "wordchar")
@@ -74,22 +75,37 @@ def run_tokenizer(options: TokenizerFlags) -> int:
             made = tokenizer.train((), options.tokenizer_type)
         else:
             made = prepare.train_tokenizer(found, options.tokenizer_type, options.vocab_size)
-    made.save(Path(options.out))
+    _save_tokenizer(made, Path(options.out))
     console.say(f"the tokenizer is in {options.out}: {made.vocab_size} tokens, digest {made.digest[:12]}")
     return 0
 
 
 def _check_tokenizer_place(options: TokenizerFlags) -> None:
     """Nobody's model gets another tokenizer by mistake."""
+    from functional_lm import files
     from functional_lm.text.interface import MODEL_FILES
 
     out = Path(options.out)
+    files.sweep_beside(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; name a folder")
     for name in ("model.safetensors", "config.json", *MODEL_FILES):
         if (out / name).exists() and (not options.overwrite or name not in MODEL_FILES):
             what, remedy = ("tokenizer", ", or --overwrite it") if name in MODEL_FILES else ("model", "")
             raise UsageError(f"--out {out} holds a {what} already ({name}); choose another folder{remedy}")
+
+
+def _save_tokenizer(made: Tokenizer, out: Path) -> None:
+    """All of its files, or none; into a folder that holds something else each by itself."""
+    from functional_lm import files
+    from functional_lm.text.interface import MODEL_FILES
+
+    own = {*MODEL_FILES, "tokenizer_config.json"}
+    if out.is_dir() and any(path.name not in own for path in out.iterdir()):
+        made.save(out)
+        return
+    with files.writing_folder(out) as temporary:
+        made.save(temporary)
 
 
 def run_prepare(options: PrepareFlags) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import functional_lm
-from functional_lm import console, disk, files, training_flags
+from functional_lm import console, disk, files, run_shape, training_flags
 from functional_lm.errors import DataError, FunctionalLMError, UsageError
+from functional_lm.run_shape import Architecture
 from functional_lm.training_flags import TrainingFlags
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from functional_lm.text.tokenizer import Tokenizer
 
 LOCK, REPLACED = ".lock", ".replaced"
+NOT_GIVEN = "not given"
 STARTING_AGAIN = "--overwrite starts again, another --out starts beside it"
 NAMES_FILES = ("data", "model", "tokenizer", "config", "adapter", "base")  # flags whose value names files or folders
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
@@ -101,10 +103,13 @@ def held(out: Path) -> Iterator[None]:
                 disk.remove_empty(path)
 
 
-def checkpoint_to_resume(flags: TrainingFlags, overrides: Mapping[str, Any], out: Path) -> Path | None:
+def checkpoint_to_resume(
+    flags: TrainingFlags, overrides: Mapping[str, Any], out: Path, architecture: Architecture
+) -> Path | None:
     """Where to go on from, None to start. Refuses to write over another run, or to go on as another one.
 
-    Damaged checkpoints are named and passed over. Raises UsageError, and DataError where every one is damaged.
+    `architecture` is what the flags describe. Damaged checkpoints are named and passed over. Raises UsageError, and
+    DataError where every one is damaged.
     """
     from functional_lm.training import checkpoint
 
@@ -126,6 +131,8 @@ def checkpoint_to_resume(flags: TrainingFlags, overrides: Mapping[str, Any], out
     elif newest is not None and flags.resume == "never":
         raise UsageError(f"{out} already holds a run; choose another --out, or --overwrite it")
     if earlier := _earlier(newest, out):
+        if newest is not None:
+            _check_shape(flags, overrides, earlier, newest, architecture)
         _compare(flags, overrides, earlier, f"{out if newest is None else newest}")
     return newest
 
@@ -159,9 +166,25 @@ def _earlier(checkpoint: Path | None, out: Path) -> dict[str, Any]:
         raise DataError(f"{out / 'run.json'} is damaged; choose another --out, or --overwrite the run") from error
 
 
+def _check_shape(
+    flags: TrainingFlags,
+    overrides: Mapping[str, Any],
+    earlier: Mapping[str, Any],
+    path: Path,
+    architecture: Architecture,
+) -> None:
+    """Raise UsageError for flags that the tensors of the checkpoint are not made for, with `--override` or without."""
+    changes = _changed(flags, overrides, earlier)
+    if never := run_shape.obstacles(changes, earlier, architecture):
+        raise UsageError(
+            f"{path} belongs to another run ({'; '.join(_said(changes))}), and nothing overrides {', '.join(never)}; "
+            "choose another --out, or --overwrite the run"
+        )
+
+
 def _compare(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Mapping[str, Any], what: str) -> None:
     """Refuse, or under --override say, what would make the run another one."""
-    changes = _differences(flags, overrides, earlier)
+    changes = _said(_changed(flags, overrides, earlier))
     agree(f"{what} belongs to another run", changes, flags.override, STARTING_AGAIN)
     before, now = earlier["versions"]["torch"], _versions()["torch"]
     if before != now:
@@ -181,7 +204,9 @@ def agree(
         console.say(f"going on as another run: {'; '.join(changes)}")
 
 
-def _differences(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
+def _changed(
+    flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
     """Every flag that changes what is computed, before and now."""
     before, now = earlier["options"] | earlier["overrides"], fixed(flags) | as_json(dict(overrides))
     if flags.block_size is None:
@@ -190,8 +215,15 @@ def _differences(flags: TrainingFlags, overrides: Mapping[str, Any], earlier: Ma
         before, now = ({**values, "threads": None} for values in (before, now))
     sometimes = {name for names in training_flags.HANGING.values() for name in names}
     names = sorted((before.keys() | now.keys()) - (sometimes - (before.keys() & now.keys())))
-    changes = [name for name in names if not same(name, before.get(name), now.get(name))]
-    return [f"--{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}" for name in changes]
+    return {
+        name: (before.get(name, NOT_GIVEN), now.get(name, NOT_GIVEN))
+        for name in names
+        if not same(name, before.get(name), now.get(name))
+    }
+
+
+def _said(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [f"--{name} was {before}, is {now}" for name, (before, now) in changes.items()]
 
 
 def same(name: str, before: Any, now: Any) -> bool:

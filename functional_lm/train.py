@@ -10,12 +10,13 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from functional_lm import console, run_end, run_folder, trainer, training_flags, training_report
+from functional_lm import console, run_end, run_folder, trainer, training_flags, training_report, training_room
 from functional_lm.cli import Command, OptionGroup, main_single
 from functional_lm.errors import UsageError
 from functional_lm.model import config as model_config
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from functional_lm.text.tokenizer import Tokenizer
     from functional_lm.training.step import Training, TrainState
     from functional_lm.tree import Tree
+
+
+LEAST = 8  # tokens of a vocabulary
 
 
 class Text(NamedTuple):
@@ -67,8 +71,10 @@ def run(options: TrainOptions, overrides: dict[str, Any]) -> int:
     found = _check(options, overrides)
     exactly = options.vocab_size is not None
     options = training_flags.resolve_machine(_resolve_vocabulary(options, overrides))
+    training_room.check(options, _architecture(options, overrides, LEAST), len(_members(options)))
     with run_folder.held(out):
-        checkpoint = run_folder.checkpoint_to_resume(options, overrides, out)
+        architecture = partial(_architecture, options, overrides)
+        checkpoint = run_folder.checkpoint_to_resume(options, overrides, out, architecture)
         if checkpoint is not None and run_end.is_complete(options, checkpoint, out):
             return 0
         tokenizer, config, params = _tokenizer_and_model(options, found, overrides, checkpoint, exactly)
@@ -175,6 +181,7 @@ def _tokenizer_and_model(
 
     if options.model is not None:
         params, config, tokenizer = folder.load(options.model, options.device, torch.float32)  # masters
+        training_room.check(options, config, len(_members(options)), tree.nbytes(params))
         if len(_members(options)) > 1:
             params = tree.stack([params] * len(_members(options)))
     else:
@@ -185,6 +192,7 @@ def _tokenizer_and_model(
         else:
             tokenizer = _new_tokenizer(options, found, exactly)
         config = _architecture(options, overrides, tokenizer.vocab_size)
+        training_room.check(options, config, len(_members(options)))
         seeds = [member.seed for member in _members(options)]
         fresh = [transformer.init(config, keys.fold_in_name(keys.key(s, options.device), "init")) for s in seeds]
         params = tree.stack(fresh) if len(seeds) > 1 else fresh[0]

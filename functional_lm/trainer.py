@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from functional_lm import console, files, run_folder
 from functional_lm.errors import FunctionalLMError
 from functional_lm.run_saving import Trouble, saving, troubled
-from functional_lm.training_flags import TrainingFlags
+from functional_lm.training_flags import UNTRACED, TrainingFlags
 
 if TYPE_CHECKING:
     from functional_lm.evaluation.likelihood import Likelihood
@@ -170,6 +170,7 @@ def _train(
         kept: dict[str, Any] = {"best": dataclasses.asdict(best), "bad": progress.bad, "ahead": plan.ahead}
         kept["losses"], kept["rewinds"] = progress.losses, memory.get("rewinds", 0)
         kept["position"] = (loop.steps_taken(state) + plan.ahead) * plan.accumulation  # the next microbatch
+        recorder.sync()
         if flags.minutes:  # the one case in which the clock decides what comes
             kept["seconds"] = progress.seconds
         with troubled(trouble):
@@ -312,7 +313,7 @@ def _advice(flags: TrainingFlags) -> str:
 
 @contextmanager
 def _tracing(flags: TrainingFlags, out: Path, recorder: Recorder) -> Iterator[Callable[[int], None]]:
-    """A watcher that traces `--profile` steps, after the first three, into trace.json and the log."""
+    """A watcher that traces `--profile` steps, after the first ones of a call, into trace.json and the log."""
     if not flags.profile:
         with nullcontext():
             yield lambda number: None
@@ -321,16 +322,26 @@ def _tracing(flags: TrainingFlags, out: Path, recorder: Recorder) -> Iterator[Ca
     from torch.profiler import ProfilerActivity
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    untraced = Trouble(flags, "the trace was not written")
+    untraced, made = Trouble(flags, "the trace was not written"), 0
 
     def ready(profiler: Any) -> None:
         """Behind the last of its steps, or of the run's."""
+        if (count := min(flags.profile, made - UNTRACED)) < 1:
+            return
         with troubled(untraced):
             files.write_with(out / "trace.json", lambda path: profiler.export_chrome_trace(str(path)))
             by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             recorder.note("profile\n" + profiler.key_averages().table(sort_by=by, row_limit=25))
-            console.say(f"the trace of {flags.profile} steps is in {out / 'trace.json'}, its summary in training.log")
+            steps = "1 step" if count == 1 else f"{count} steps"
+            console.say(f"the trace of {steps} is in {out / 'trace.json'}, its summary in training.log")
 
-    schedule = torch.profiler.schedule(wait=2, warmup=1, active=flags.profile, repeat=1)
+    def watch(number: int) -> None:
+        nonlocal made
+        made += 1
+        profiler.step()
+
+    schedule = torch.profiler.schedule(wait=UNTRACED - 1, warmup=1, active=flags.profile, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=ready) as profiler:
-        yield lambda number: profiler.step()
+        yield watch
+    if made <= UNTRACED:
+        console.say(f"--profile traced nothing: it begins after {UNTRACED} steps of a call, and this one made {made}")

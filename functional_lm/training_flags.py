@@ -16,6 +16,7 @@ SCHEDULES = ("cosine", "wsd", "linear", "constant", "inverse_sqrt")
 SCHEDULES_OF_LENGTH = ("cosine", "wsd", "linear")  # whose rates come from the number of steps
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+UNTRACED = 3  # steps of a call before those of --profile
 STEPS = 900  # where no length is given
 # What may change when a run goes on: its length, its ends, its records. Every other flag changes what is computed.
 FREE = frozenset(
@@ -118,7 +119,9 @@ class TrainingFlags:
     sample_tokens: int = option(120, "tokens of a sample; 0: no samples", low=0, group="Records")
     wandb: bool = option(False, "send the records to Weights & Biases too", group="Records")
     wandb_project: str = option("functional_lm", "its project", group="Records")
-    profile: int = option(0, "steps to trace into trace.json, after the first ones; 0: none", low=0, group="Records")
+    profile: int = option(
+        0, f"steps to trace into trace.json, after the first {UNTRACED} of a call; 0: none", low=0, group="Records"
+    )
     resume: str = option(
         "auto", "auto: go on from the newest checkpoint in --out; never; or a checkpoint", group="Records"
     )
@@ -140,6 +143,11 @@ def check(flags: TrainingFlags) -> None:
         raise UsageError(f"--spike {flags.spike} is no spike; give a number above 1, such as 1.5, or 0")
     if flags.spike and not flags.save_every:
         raise UsageError(f"--spike {flags.spike} goes back to a checkpoint; give --save_every above 0")
+    if flags.profile and flags.steps is not None and flags.steps <= UNTRACED:
+        raise UsageError(
+            f"--profile {flags.profile} traces steps after the first {UNTRACED}, and --steps is {flags.steps}; give "
+            f"--steps above {UNTRACED}"
+        )
     if flags.overwrite and flags.override:
         raise UsageError("--overwrite starts again and --override goes on; give one of them")
     if flags.overwrite and flags.resume not in ("auto", "never"):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from functional_lm import console, files, trainer
+from functional_lm import console, files, trainer, training_room
 from functional_lm.run_saving import finishing
 from functional_lm.training_flags import TrainingFlags
 
@@ -51,8 +51,6 @@ def intention(flags: TrainingFlags, parameters: int, job: trainer.Job) -> str:
     )
 
 
-# Parameter-sized tensors that an optimizer keeps (Muon has one for the matrices of the layers and two for the rest).
-MOMENTS = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1, "adafactor": 0}
 EFFICIENCY = 0.6  # of a compiled step beside its products alone; measured at widths 128 to 384
 
 
@@ -62,16 +60,7 @@ def needs(flags: TrainingFlags, job: trainer.Job) -> str:
 
     assert flags.block_size is not None
     models, microbatches = max(1, job.members), flags.gradient_accumulation_steps
-    memory = account.training_memory(
-        job.config,
-        flags.batch_size,
-        flags.block_size,
-        account.WIDTHS[flags.dtype],
-        MOMENTS[flags.optimizer] + (flags.ema_decay > 0),
-        microbatches=microbatches,
-        device=flags.device,
-        compiled=flags.compile,
-    )
+    memory = training_room.memory_of(flags, job.config)
     tokens = flags.batch_size * flags.block_size
     operations = models * microbatches * tokens * account.training_flops(job.config, flags.block_size)
     said = (

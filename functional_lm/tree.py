@@ -266,7 +266,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Tree:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             return unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a whole safetensors file ({error}); write or copy it again") from error
+        raise files.not_safetensors(path, error) from error
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def metadata(path: str | Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("functional_lm", "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not a whole safetensors file ({error}); write or copy it again") from error
+        raise files.not_safetensors(path, error) from error
     if not isinstance(found, dict):
         raise DataError(f"{path} has notes of another kind ({type(found).__name__}); write or copy it again")
     return found

@@ -12,6 +12,7 @@ from typing import Any
 from functional_lm.disk import Operation
 
 CODES = {"full": errno.ENOSPC, "broken": errno.EIO, "read-only": errno.EROFS}
+DENIED = {"denied": errno.EACCES}  # of a place that belongs to somebody else, from the first operation on
 # crash: the process is killed before the operation, and does nothing any more. power: the machine loses its power, and
 # with it whatever was written and not synced. torn: killed in the middle of a write. full, broken, read-only: errors,
 # once or (a full disk) as long as bytes are written.
@@ -29,7 +30,7 @@ class Failing:
         self.kind, self.passing = kind, passing
         self.done: list[tuple[str, Path]] = []
         self.failed = self.dead = False
-        self.unsynced: set[Path] = set()
+        self.unsynced: dict[Path, int] = {}  # how much of a file is on the disk for certain, where not all of it is
         self._lock = threading.Lock()
 
     def __call__(self, operation: Operation) -> Any:
@@ -48,12 +49,14 @@ class Failing:
         return result
 
     def _fails(self, operation: Operation) -> bool:
-        """A full disk refuses bytes and nothing else; other errors come once."""
+        """A full disk refuses bytes and nothing else; a denied place refuses all; other errors come once."""
         if self.kind == "full":
             return operation.kind in ("write", "mkdir", "create", "sync")
-        return not self.failed
+        return not self.failed or self.kind in DENIED
 
     def _fail(self, operation: Operation) -> Any:
+        if self.kind in DENIED:
+            raise OSError(DENIED[self.kind], os.strerror(DENIED[self.kind]), str(operation.path))
         if self.kind in CODES:
             if self.kind == "full" and operation.kind == "write":
                 operation.act(0.3)
@@ -62,28 +65,39 @@ class Failing:
         if self.kind == "torn" and operation.kind == "write":
             operation.act(0.5)
         if self.kind == "power":
-            for path in self.unsynced:
+            for path, synced in self.unsynced.items():
                 if path.is_file():
-                    lost(path)
+                    lost(path, synced)
         raise Killed
 
     def _note(self, operation: Operation) -> None:
-        if operation.kind in ("write", "create"):
-            self.unsynced.add(operation.path)
+        """What was there before, or is synced, stays; `create` for more lines leaves those that there are."""
+        path = operation.path
+        if operation.kind == "create":
+            self.unsynced[path] = path.stat().st_size
+        elif operation.kind == "write":
+            self.unsynced.setdefault(path, 0)
+        elif operation.kind == "truncate" and path in self.unsynced:
+            self.unsynced[path] = min(self.unsynced[path], path.stat().st_size)
         elif operation.kind == "sync":
-            self.unsynced.discard(operation.path)
+            if path in self.unsynced and path.is_file():
+                self.unsynced[path] = path.stat().st_size
+        elif operation.kind == "unlink":
+            self.unsynced.pop(path, None)
         elif operation.source is not None:
-            moved = {path for path in self.unsynced if path.is_relative_to(operation.source)}
-            self.unsynced -= moved
-            self.unsynced |= {operation.path / path.relative_to(operation.source) for path in moved}
+            self.unsynced.pop(path, None)
+            for old in [old for old in self.unsynced if old.is_relative_to(operation.source)]:
+                self.unsynced[path / old.relative_to(operation.source)] = self.unsynced.pop(old)
 
 
-def lost(path: Path) -> None:
-    """What a power cut leaves of bytes that were not synced: the length, perhaps, and zeros."""
+def lost(path: Path, synced: int = 0) -> None:
+    """What a power cut leaves of bytes that were not synced: the length, perhaps, and zeros from a third of them on."""
     size = path.stat().st_size
-    with open(path, "r+b") as file:
-        file.seek(size // 3)
-        file.write(bytes(size - size // 3))
+    begin = synced + (size - synced) // 3
+    if begin < size:
+        with open(path, "r+b") as file:
+            file.seek(begin)
+            file.write(bytes(size - begin))
 
 
 def operations(work: Callable[[], None]) -> list[tuple[str, Path]]:

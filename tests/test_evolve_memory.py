@@ -5,6 +5,7 @@ Axes: P members, B rows, T tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from strategies import token_rows, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_lm import keys, tree
-from functional_lm.evolution import eggroll, fitness, genetic, gradient, memory, openai
+from functional_lm import evolve_memory, evolve_trained, folder, keys, tree
+from functional_lm.errors import UsageError
+from functional_lm.evolution import eggroll, fitness, genetic, gradient, hyper, memory, openai, restarts
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_strategies import own_numbers, strategy_of
 from functional_lm.inference import cache as kv
@@ -94,6 +96,70 @@ def test_what_a_strategy_holds_of_all_members_it_holds_at_least(name: str) -> No
     assert held <= high - low
     if name not in ("mezo", "eggroll", "genetic"):  # keys; a scale for each matrix; what it asks is its state
         assert more - less <= held + 8 * 2 * 8  # fitness beside it
+
+
+@pytest.mark.parametrize("name", ["cma-es", "sep-cma-es"])
+def test_a_generation_in_parts_is_held_as_a_whole(name: str) -> None:
+    """As its last part is told; of restarts that have doubled twice."""
+    start, parts = {"a": torch.ones(9, 8), "b": torch.ones(7)}, 4
+
+    def found(population: int) -> int:
+        strategy = strategy_of(EvolveFlags(strategy=name, population=population, restarts="ipop"), start)
+        state = strategy.init(keys.key(0), start)
+        run = state.run._replace(parts=torch.tensor(parts), told=torch.tensor(parts - 1))
+        with Live() as live:
+            strategy.tell(state._replace(run=run), keys.uniform(keys.key(1), (population,)))
+        return live.most
+
+    less, more = found(12), found(20)
+    assert memory.held(name, parts * 20, 79) - memory.held(name, parts * 12, 79) <= more - less
+
+
+@given(st.integers(1, 200_000))
+def test_restarts_become_as_large_as_a_run_has_time_for(parts: int) -> None:
+    """Each run of ten generations, the last one of one."""
+    times, doublings = restarts.most_parts(parts), restarts.DOUBLINGS
+    assert times == 2 ** (times.bit_length() - 1) <= 2**doublings
+
+    def asked(times: int) -> int:
+        return restarts.SHORTEST * (times - 1) + times
+
+    assert times == 1 or asked(times) <= parts
+    assert times == 2**doublings or asked(2 * times) > parts
+
+
+def test_members_that_train_on_hold_more_than_is_said() -> None:
+    """What memory holds is never refused: eager steps of all of them at once, and the states of before."""
+    config = ModelConfig(**{**SHAPE, "vocab_size": 300})
+    options = EvolveFlags(strategy="pbt", space="hyper", dtype="float32", device="cpu", compile=False, batch_size=2)
+    functions, params = evolve_trained.functions(options, config), weights(config, 0)
+    tokens = token_rows(config, (2, config.max_len + 1), 0)
+    batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+    def most(members: int) -> int:
+        strategy = hyper.pbt(hyper.Settings(members), functions, {"learning_rate": 1e-3})
+        train = hyper.steps_of(functions, lambda step: step)
+        with Live() as live:
+            state = strategy.init(keys.key(0), params)
+            train(state.states, lambda number: batch, 0, 2)
+        return live.most
+
+    measured = (most(6) - most(4)) / 2
+    assert 0.4 < evolve_memory.pbt_bytes(evolve_memory.training(options, config)) / measured < 1
+
+
+def test_trainings_that_memory_does_not_hold_are_refused_with_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = folder.Model(weights(ModelConfig(**SHAPE), 0), ModelConfig(**SHAPE), None)
+    flags = EvolveFlags(space="hyper", strategy="pbt", dtype="float32", device="cpu", population=64)
+    each = evolve_memory.pbt_bytes(evolve_memory.training(flags, model.config))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 7 * each)
+    with pytest.raises(UsageError, match=r"--population 64: pbt trains 64 at once, .* free; --population 7 fits$"):
+        evolve_memory.trainings_at_once(flags, model, 1)
+    assert evolve_memory.trainings_at_once(dataclasses.replace(flags, population=7), model, 1) == 7
+    monkeypatch.setattr(memory, "free_memory", lambda device: each // 9)
+    for name in ("pbt", "pso"):
+        with pytest.raises(UsageError, match=f"{name} trains .* a smaller --batch_size or --block_size needs less"):
+            evolve_memory.trainings_at_once(dataclasses.replace(flags, strategy=name), model, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,10 +11,11 @@ import pytest
 import torch
 from test_evolve import WORDS, at, call, contents, evolved, there, weights_of
 
-from functional_lm import evolve_flags, evolve_override, keys, tree
+from functional_lm import evolve_flags, evolve_override, files, keys, tree
 from functional_lm.evolution import journal as journals
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_strategies import strategy_of
+from functional_lm.training import record
 
 __all__ = ["at", "there"]  # fixtures
 
@@ -30,6 +31,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "operators of genetics": (
         ["--space", "full", "--leaves", "*norm*", "--strategy", "genetic"],
         ["--strength", "2", "--elites", "1", "--crossover", "arithmetic"],
+    ),
+    "trainings that go on": (
+        [*TRAINED, "--strategy", "pbt"],
+        ["--exploit", "0.5", "--perturb", "2", "--resample", "0.9", "--spread", "3"],
     ),
     "a swarm of trainings": ([*TRAINED, "--strategy", "pso", "--sigma", "0.5"], ["--inertia", "0.2", "--social", "3"]),
 }
@@ -70,6 +75,11 @@ def test_a_run_goes_on_under_other_flags_and_replay_tells_each_generation_by_its
         assert call("replay", at / run / "journal.jsonl", "--out", at / f"{run} again") == 0
         assert "the weights are those of the run, bit for bit" in capsys.readouterr().out
         assert weights_of(at / f"{run} again") == weights_of(at / "run")
+    if "pbt" in flags:
+        rows = [row for row in record.read(at / "parts" / "metrics.jsonl") if "learning_rate" in row]
+        led = files.read_json(at / "parts" / "summary.json")["numbers"]["learning_rate"]
+        assert len(led) > 2
+        assert all(any(rate == pytest.approx(one) for one in row["learning_rate"]) for rate, row in zip(led, rows))
     headers = journals.read(at / "parts" / "journal.jsonl").headers
     assert [header["generation"] for header in headers] == [0, 2]
     assert evolved(at / "parts", *flags, "--generations", "5") == 2  # nor is it the first one again
@@ -123,7 +133,7 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", evolve_override.READ)
+@pytest.mark.parametrize("name", sorted(evolve_override.READ.keys() - {"pbt"}))  # which is made of a model and a step
 def test_what_may_be_overridden_lays_the_state_out_as_it_was(name: str) -> None:
     """And is told under the new flags from a state of the old ones."""
     flags = EvolveFlags(strategy=name, population=4, compile=False)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ from functional_lm import (
     interchange,
     keys,
     merge,
+    prepare,
     quantize,
     run_folder,
     seal,
@@ -49,7 +51,7 @@ from functional_lm.model.config import ModelConfig
 from functional_lm.text import tokenizer as tokenizers
 from functional_lm.training import record
 
-KINDS = ("crash", "torn", "full", "broken")
+KINDS = ("crash", "power", "torn", "full", "broken")
 WORDS = "the cat sat on the mat and the dog sat on the log " * 3
 EAGER = "--compile false --dtype float32"
 EVOLVE = (
@@ -108,14 +110,20 @@ def call(command: Command, words: str) -> int:
     return main_single(command, words.split())
 
 
+def handled() -> dict[int, Any]:
+    """Who handles the signals that commands handle."""
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+
+
 def failed(command: Command, words: str, kind: str, passing: int) -> Fault:
     """A call on a disk that fails; when a process is killed, its threads are."""
-    others, code = set(threading.enumerate()), None
+    others, code, handlers = set(threading.enumerate()), None, handled()
     with disk.watched_by(Failing(kind, passing)):
         with suppress(Killed):
             code = call(command, words)
         for thread in set(threading.enumerate()) - others:
             thread.join(30)
+    assert handled() == handlers, (kind, passing)
     return Fault(kind, passing, code)
 
 
@@ -146,7 +154,7 @@ def listing(root: Path) -> set[str]:
     }
 
 
-UNFINISHED = r"^\.lock$|^data/\.part-text/|^rounds/\d+/(model|run)/"
+UNFINISHED = r"^\.lock$|^(data/)?\.part-text/|^rounds/\d+/(model|run)/"
 TIMED = ("training.log", "learning.log", "events", "README.md")  # say when something was, or how long it took
 
 
@@ -244,6 +252,14 @@ def test_rounds_of_improving_end_as_if_the_disk_had_not_failed(
     assert each_fault(improve.COMMAND, IMPROVE, stride, capsys, lambda fault: None) > 7
 
 
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.long), 8])
+def test_a_dataset_that_is_prepared_is_the_undisturbed_one(
+    stride: int, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--data text.txt --tokenizer model --threads 1 --out out/text"
+    assert each_fault(prepare.PREPARE, words, stride, capsys, lambda fault: None) > 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_run_that_is_overwritten_is_there_until_the_new_one_trains(kind: str, trains: bool, tmp_path: Path) -> None:
@@ -297,12 +313,15 @@ WRITERS: dict[str, tuple[Command, str]] = {
     "gguf": (interchange.EXPORT, "--model model --out made/out.gguf --format gguf"),
     "gguf in a folder": (interchange.EXPORT, "--model model --out made/out --format gguf"),
     "replay": (evolve.COMMAND, "replay run/journal.jsonl --out made/out"),
+    "train-tokenizer": (prepare.TRAIN_TOKENIZER, "--data text.txt --tokenizer_type char --out made/out"),
     "create-config": (architecture.CREATE_CONFIG, "--output made/out.json --type nano"),
 }
 
 
 @pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.long), 18])
-@pytest.mark.parametrize(("writer", "empty"), [*((name, False) for name in WRITERS), ("merge", True)])
+@pytest.mark.parametrize(
+    ("writer", "empty"), [*((name, False) for name in WRITERS), ("merge", True), ("train-tokenizer", True)]
+)
 def test_what_is_written_is_whole_or_not_there_and_nothing_else_lies_beside_it(
     writer: str, empty: bool, stride: int, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -166,6 +166,28 @@ def test_rounds_under_other_flags_are_measured_anew(at: Path, capsys: pytest.Cap
     assert [one["flags"]["samples"] for one in record["earlier"]] == [6]
 
 
+def test_a_score_that_is_edited_is_another(
+    at: Path, there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name does not say what it computes."""
+    file = there / "edited_scores.py"
+    file.write_text("def lengths(texts, rows):\n    return [float(len(text)) for text in texts]\n")
+    monkeypatch.syspath_prepend(str(there))
+    flags = ["--score", "edited_scores:lengths"]
+    assert improved(at / "run", *flags, "--rounds", "1") == 0
+    before = {path: path.read_bytes() for path in sorted(at.rglob("*")) if path.is_file()}
+    file.write_text(file.read_text() + "# by hand\n")
+    capsys.readouterr()
+    assert improved(at / "run", *flags) == 2
+    assert "holds other rounds (edited_scores:lengths has changed); --override goes on all the same" in (
+        capsys.readouterr().err
+    )
+    assert {path: path.read_bytes() for path in sorted(at.rglob("*")) if path.is_file()} == before
+    assert improved(at / "run", *flags, "--rounds", "1", "--override") == 0
+    assert improved(at / "run", *flags, "--rounds", "1") == 0
+    assert files.read_json(at / "run" / "improve.json")["since"] == 1
+
+
 def test_the_models_own_likelihood_and_an_adapter(at: Path) -> None:
     assert improved(at / "run", "--score", "likelihood", "--lora_rank", "4", "--rounds", "1", "--least", "-0.5") == 0
     (entry,) = rounds(at / "run")

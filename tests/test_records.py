@@ -16,6 +16,7 @@ from functional_lm.errors import DataError, FunctionalLMError
 from functional_lm.evolution import journal as journals
 from functional_lm.improve_flags import ImproveFlags
 from functional_lm.interop import gguf
+from functional_lm.model.config import ModelConfig
 from functional_lm.text import byte_pairs, readers
 from functional_lm.training_flags import TrainingFlags
 
@@ -77,7 +78,7 @@ def test_a_run_that_nobody_began_is_damaged(tmp_path: Path, change: dict[str, An
     files.write_json(tmp_path / "run.json", {**SOUND, **change})
     flags = TrainingFlags(override=True)
     with pytest.raises(DataError, match=r"run\.json is damaged"):
-        run_folder.checkpoint_to_resume(flags, {}, tmp_path)
+        run_folder.checkpoint_to_resume(flags, {}, tmp_path, lambda vocab_size: ModelConfig())
 
 
 @pytest.mark.parametrize(("told", "shown"), [("low", ""), ([1], ""), (True, ""), (math.pi, ", validation loss 3.1416")])
@@ -99,7 +100,7 @@ def test_a_summary_with_something_else_for_a_number(
 def test_rounds_that_nobody_began_are_damaged(tmp_path: Path, record: str) -> None:
     (tmp_path / improve.RECORD).write_text(record)
     with pytest.raises(DataError, match=r"improve\.json is damaged"):
-        improve._opened(ImproveFlags(model="m", data="d", out=str(tmp_path)), tmp_path, "a", "t")
+        improve._opened(ImproveFlags(model="m", data="d", out=str(tmp_path)), tmp_path, "a", "t", {})
 
 
 @pytest.mark.parametrize("line", ["[]", "5", DEEP, '{"round": 2}', '{"round": 1}', '{"round": 1, "accepted": "x"}'])
@@ -110,7 +111,7 @@ def test_a_round_that_nobody_made_is_refused(tmp_path: Path, line: str) -> None:
     )
     (tmp_path / improve.LOG).write_text(line + "\n")
     with pytest.raises(DataError, match="line 1 is not that of round 1"):
-        improve._opened(options, tmp_path, "a", "t")
+        improve._opened(options, tmp_path, "a", "t", {})
 
 
 @pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 400, "NaN", "1e999"])

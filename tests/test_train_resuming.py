@@ -177,6 +177,37 @@ def test_steps_whose_bits_differ_are_not_mixed_unseen(
     assert f"going on as another run: --{name} was {value}, is {now}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("d_model", 64, "its tensors have other shapes"),
+        ("n_kv_heads", 1, "its tensors have other shapes"),
+        ("tie_embeddings", "false", "its tensors have other shapes"),
+        ("seeds", "1,2", "its tensors have other shapes"),
+        ("optimizer", "sgd", "its state is made for it"),
+        ("ema_decay", 0.9, "its state has a mean of the weights, or none"),
+        ("dtype", "float16", "its state has a loss scale, or none"),
+        ("vocab_size", 330, "the run has its tokenizer"),
+        ("tokenizer_type", "char", "the run has its tokenizer"),
+    ],
+)
+def test_what_a_checkpoint_is_made_for_is_refused_overridden_or_not(
+    run: Path, text: Path, capsys: pytest.CaptureFixture[str], name: str, value: Any, why: str
+) -> None:
+    before = contents(run)
+    for override in (False, True):
+        assert pretrain(data=text, out=run, steps=14, **{"override": override, name: value}) == 2
+        said = one_line(capsys)
+        assert f"and nothing overrides --{name} ({why}); choose another --out, or --overwrite the run" in said
+    assert contents(run) == before
+
+
+def test_a_field_that_changes_no_tensor_may_be_overridden(copy: Path, text: Path) -> None:
+    """A width that is given now and was derived before; heads that divide the same matrices in another way."""
+    assert pretrain(data=text, out=copy, steps=13, override=True, head_dim=16) == 0
+    assert pretrain(data=text, out=copy, steps=14, override=True, head_dim=8, n_heads=4) == 0
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 

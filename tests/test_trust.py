@@ -310,6 +310,21 @@ def test_a_trace_that_cannot_be_written_is_lost_or_ends_the_run(
     equal_runs(out, run)
 
 
+def test_a_trace_that_a_run_does_not_reach_is_told_before_or_behind_it(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert pretrain(data=text, out=out, profile=2, steps=3) == 2
+    assert "--profile 2 traces steps after the first 3, and --steps is 3; give --steps above 3" in one_line(capsys)
+    assert not out.exists()
+    for steps, said in (
+        (4, "the trace of 1 step is in"),
+        (6, "--profile traced nothing: it begins after 3 steps of a"),
+    ):
+        assert pretrain(data=text, out=out, profile=2, steps=steps, **QUIET) == 0
+        assert said in capsys.readouterr().out
+
+
 def test_each_kind_of_trouble_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     trouble = Trouble(TrainOptions(on_save_error="continue"), "a record was lost")
     for _ in range(3):

@@ -37,6 +37,21 @@ def calls() -> list[Call]:
     return [Call(int(code), words, message) for code, words, message in rows]
 
 
+def flags(words: list[str]) -> set[str]:
+    return {word.replace("_", "-").partition("=")[0] for word in words if word.startswith("--")}
+
+
+def expanded(line: str) -> list[str]:
+    """The words of a call. A short form gives way to what the call says itself, so that nothing is given twice."""
+    words = shlex.split(line.replace("$P", str(free_port())))
+    own, made = flags(words), []
+    for word in words:
+        usual = shlex.split(SHORT.get(word, ""))
+        pairs = [usual[i : i + 2] for i in range(0, len(usual), 2)]
+        made += [part for pair in pairs if not flags(pair) & own for part in pair] if usual else [word]
+    return made
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -63,10 +78,8 @@ def test_a_wrong_call_is_refused(
     call: Call, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(world)
-    before, words = snapshot(world), call.words.replace("$P", str(free_port()))
-    for short, long in SHORT.items():
-        words = words.replace(short, long)
-    code = main(COMMANDS, shlex.split(words))
+    before = snapshot(world)
+    code = main(COMMANDS, expanded(call.words))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1, said
     assert said[0].startswith(f"error: {call.message}"), said[0]
@@ -78,6 +91,15 @@ def test_a_wrong_call_is_refused(
 def test_every_verb_is_in_the_table() -> None:
     assert {call.words.split()[0] for call in calls()} >= {command.name for command in COMMANDS}
     assert len(calls()) > 200
+
+
+def test_twice_is_what_a_call_itself_says_twice() -> None:
+    """Not what it and a short form say: the refusal that is meant would not be reached."""
+    for call in calls():
+        named = [word for word in call.words.replace("-", "_").split() if word.startswith("__")]
+        assert (" is given twice" in call.message) == (len(set(named)) < len(named)), call
+        twice = [word for word in expanded(call.words) if word.startswith("--")]
+        assert len(set(twice)) == len(twice) or " is given twice" in call.message, call
 
 
 def test_a_traceback_comes_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

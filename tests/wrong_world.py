@@ -119,6 +119,12 @@ def broken_models(root: Path) -> None:
     weights["model.norm.weight"][0] = 1.0
     path = copied("truncated") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+    path = copied("bigheader") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[7::-1] + path.read_bytes()[8:])
+    path = copied("bigweights") / "model.safetensors"
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    path.write_bytes(raw[:begin] + np.frombuffer(raw[begin:], "<f4").astype(">f4").tobytes())
     (copied("headless") / "model.safetensors").write_bytes(b"\xff" * 400)
     tree.save(tree.select(params, "*mlp*"), copied("partial") / "model.safetensors")
     (copied("wordless") / "tokenizer.model").unlink()

@@ -147,15 +147,23 @@ def following(
 
 
 def history(
-    key: Tensor, fitness: Sequence[Float[Tensor, "P"]], numbers: Mapping[str, float], settings: Settings
+    key: Tensor,
+    fitness: Sequence[Float[Tensor, "P"]],
+    numbers: Mapping[str, float],
+    settings: Settings | Callable[[int], Settings],
 ) -> tuple[list[Numbers], list[Int[Tensor, "P"]]]:
-    """The numbers with which each generation was trained, and from which member of the one before its members come."""
-    now, parents = beginning(key, numbers, settings), torch.arange(settings.population, device=key.device)
+    """The numbers with which each generation was trained, and from which member of the one before its members come.
+
+    The settings may be those of each generation.
+    """
+    settings_of = settings if callable(settings) else lambda generation: settings
+    now = beginning(key, numbers, settings_of(0))
+    parents = torch.arange(settings_of(0).population, device=key.device)
     numbers_of, parents_of = [], []
     for generation, measured in enumerate(fitness):
         numbers_of.append(now)
         parents_of.append(parents)
-        now, parents = following(keys.fold_in(key, generation), measured, now, numbers, settings)
+        now, parents = following(keys.fold_in(key, generation), measured, now, numbers, settings_of(generation))
     return numbers_of, parents_of
 
 

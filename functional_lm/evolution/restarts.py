@@ -34,6 +34,7 @@ from functional_lm.tree import Tree
 
 KINDS = ("ipop", "bipop")
 DOUBLINGS = 9  # the most that BIPOP's author allows; later runs of the large regime stay at that size
+SHORTEST = 10  # generations of a run, unless its first step is lost in its numbers or beyond them (`ended`)
 HISTORY = 20000  # generations, the most that stagnation looks back
 FIRST, LARGE, SMALL = range(3)
 
@@ -177,6 +178,15 @@ def _first(at: Float[Tensor, "D"], population: int, sigma: float, doublings: int
 def longest(size: int, members: int) -> int:
     """Evaluations of a run, at most: 100 + 50 (D + 3)² / √λ generations (Hansen 2009, section 3)."""
     return members * int(100 + 50 * (size + 3) ** 2 / math.sqrt(members))
+
+
+def most_parts(parts: int, doublings: int = DOUBLINGS) -> int:
+    """The largest population, over the first one, of restarts that are asked so many parts in all."""
+    doubled, asked = 0, SHORTEST
+    while doubled < doublings and asked + 2 ** (doubled + 1) <= parts:
+        doubled += 1
+        asked += SHORTEST * 2**doubled
+    return int(2**doubled)
 
 
 def following(key: Tensor, run: Run, kind: str, population: int, sigma: float, size: int, most: int) -> Run:

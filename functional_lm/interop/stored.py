@@ -15,7 +15,7 @@ from torch import Tensor
 
 from functional_lm import pickles
 from functional_lm.errors import DataError
-from functional_lm.files import read_json
+from functional_lm.files import not_safetensors, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -93,7 +93,7 @@ def _header(path: Path) -> dict[str, Stored]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+        raise not_safetensors(path, error) from error
     for name, (_, dtype) in kinds.items():
         if dtype not in DTYPES:
             raise DataError(f"{path}: {name!r} is stored as {dtype}; only {', '.join(DTYPES)} are read")

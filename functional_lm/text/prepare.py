@@ -114,6 +114,7 @@ def prepare(
     ):
         try:
             done = _write(found, writer, tokenizer, encode, deduplicate, bar)
+            files.write_json(record, {"source": found.source, **inputs})  # whose files they are that appear now
         except DataError:
             writer.journal.discard()  # what has to change before the next attempt makes it another corpus
             raise

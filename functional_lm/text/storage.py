@@ -274,6 +274,10 @@ def _header(path: Path) -> tuple[tuple[Any, ...], int]:
     if len(raw) < HEADER_BYTES or raw[FIELDS.size :] != _short_hash(raw[: FIELDS.size]):
         raise DataError(f"{path} has a damaged header; prepare it again")
     header = FIELDS.unpack(raw[: FIELDS.size])
+    if struct.unpack(">II", raw[8:16]) == (VERSION, INT32):
+        raise DataError(
+            f"{path} has its bytes in the other order (big-endian; a dataset is little-endian): prepare it again"
+        )
     if header[1:3] != (VERSION, INT32):
         raise DataError(
             f"{path} has layout {header[1]} and type {header[2]}; this version reads {VERSION} and {INT32}: "

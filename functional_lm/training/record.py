@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from functional_lm import files
+from functional_lm import disk, files
 from functional_lm.errors import UsageError
 from functional_lm.training.board import Board
 
@@ -88,6 +88,10 @@ class Recorder:
         if self._also is not None:
             self._also.metrics(step, flat)
         self.note(f"step {step} " + " ".join(f"{name} {value:.6g}" for name, value in flat.items()))
+
+    def sync(self) -> None:
+        """The lines of the metrics survive a power cut: they are not written again once what follows them is saved."""
+        self._try(lambda: disk.sync_file(self._lines))
 
     def note(self, line: str) -> None:
         self._append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
