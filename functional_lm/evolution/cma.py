@@ -7,6 +7,7 @@ Axes: P members, D numbers of the tree.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -102,17 +103,19 @@ def search_of(size: int, population: int, sigma: float, dtype: torch.dtype, sepa
     def points(at: Distribution, z: Tensor) -> Tensor:
         return at.mean + at.sigma * turned(at, z)
 
-    def update(at: Distribution, z: Tensor, x: Tensor, ranked: Int[Tensor, "P"]) -> Distribution:
-        return _updated(at, z[ranked], turned(at, z[ranked]), known, separable)
+    def update(at: Distribution, z: Tensor, places: Int[Tensor, "P"]) -> Distribution:
+        return _updated(at, z, known.weights.to(z.device)[places], turned, known, separable)
 
     return Search(init, points, update, lambda at: at.mean)
 
 
-def _updated(at: Distribution, z: Tensor, y: Tensor, known: Constants, separable: bool) -> Distribution:
-    """Equations 39-47, of members in order: `z` standard normal, `y` = C^½ z."""
-    w = known.weights.to(z.device)
+def _updated(
+    at: Distribution, z: Tensor, w: Tensor, turned: Callable[..., Tensor], known: Constants, separable: bool
+) -> Distribution:
+    """Equations 39-47, of members with weights `w`: `z` standard normal, `turned(at, z)` = C^½ z."""
     size, positive = z.shape[1], w.clamp(min=0)
-    step, white = positive @ y, positive @ z
+    white = positive @ z
+    step = turned(at, white)
     whitened = white if separable else at.basis @ white  # C^-½ step
     mean = at.mean + at.sigma * step
     count = at.updates + 1
@@ -124,13 +127,15 @@ def _updated(at: Distribution, z: Tensor, y: Tensor, known: Constants, separable
     stalled = length / torch.sqrt(1 - (1 - known.c_sigma) ** (2 * count)) >= (1.4 + 2 / (size + 1)) * known.expected
     on = (~stalled).to(z.dtype)
     path = (1 - known.c_c) * at.path + on * math.sqrt(known.c_c * (2 - known.c_c) * known.mass) * step
-    # A negative weight is scaled by the length of its z, so that C stays positive definite (equation 46).
-    scaled = torch.where(w >= 0, w, w * size / z.square().sum(1).clamp(min=1e-30))
     missing = known.c_1 * (1 - on) * known.c_c * (2 - known.c_c)
     kept = 1 + missing - known.c_1 - known.c_mu * w.sum()
     if separable:
-        covariance = kept * at.covariance + known.c_1 * path.square() + known.c_mu * (scaled @ y.square())
+        spread = at.covariance * (w @ z.square())
+        covariance = kept * at.covariance + known.c_1 * path.square() + known.c_mu * spread
         return Distribution(mean, sigma, covariance, covariance.sqrt(), at.basis, path, step_path, count)
+    # A negative weight is scaled by the length of its z, so that C stays positive definite (equation 46).
+    scaled = torch.where(w >= 0, w, w * size / z.square().sum(1).clamp(min=1e-30))
+    y = turned(at, z)
     covariance = kept * at.covariance + known.c_1 * path.outer(path) + known.c_mu * ((y.mT * scaled) @ y)
     covariance = (covariance + covariance.mT) / 2
     values, basis = torch.linalg.eigh(covariance)

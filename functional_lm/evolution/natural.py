@@ -37,9 +37,8 @@ def snes(population: int, sigma: float, dtype: torch.dtype = torch.float32, wrap
     def search(size: int, dtype: torch.dtype) -> Search:
         rate = (3 + math.log(size)) / (5 * math.sqrt(size))
 
-        def update(at: Separable, z: Tensor, x: Tensor, ranked: Int[Tensor, "P"]) -> Separable:
-            u = utilities(len(ranked), dtype, z.device).flip(0)
-            z = z[ranked]
+        def update(at: Separable, z: Tensor, places: Int[Tensor, "P"]) -> Separable:
+            u = utilities(len(places), dtype, z.device).flip(0)[places]
             mean = at.mean + at.sigma * (u @ z)
             return Separable(mean, at.sigma * torch.exp(rate / 2 * (u @ (z.square() - 1))))
 
@@ -68,9 +67,8 @@ def exponential(size: int, sigma: float, dtype: torch.dtype) -> Search:
     """The functions of xNES for vectors of `size` numbers."""
     rate = (9 + 3 * math.log(size)) / (5 * size * math.sqrt(size))
 
-    def update(at: Full, z: Tensor, x: Tensor, ranked: Int[Tensor, "P"]) -> Full:
-        u = utilities(len(ranked), dtype, z.device).flip(0)
-        z = z[ranked]
+    def update(at: Full, z: Tensor, places: Int[Tensor, "P"]) -> Full:
+        u = utilities(len(places), dtype, z.device).flip(0)[places]
         identity = torch.eye(size, dtype=dtype, device=z.device)
         shape = (z.mT * u) @ z - u.sum() * identity
         mean = at.mean + at.transform @ (u @ z)

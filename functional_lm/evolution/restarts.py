@@ -126,8 +126,7 @@ def restarting(
         run = state.run._replace(told=torch.zeros_like(state.run.told))
         if not bool(torch.isfinite(known).any()):
             return state._replace(run=run)
-        ranked = known.argsort(descending=True, stable=True)
-        distribution = search(state.start, len(z)).update(state.distribution, z, z, ranked)
+        distribution = search(state.start, len(z)).update(state.distribution, z, vector.places(known))
         run = run._replace(
             best=torch.cat([run.best[1:], known.max()[None]]),
             median=torch.cat([run.median[1:], known.median()[None]]),

@@ -2,7 +2,7 @@
 
     search.init(mean [D], sigma) -> distribution
     search.points(distribution, z [P, D]) -> x [P, D]            z standard normal
-    search.update(distribution, z, x, ranked) -> distribution    `ranked` [P]: the members from the best to the worst
+    search.update(distribution, z, places) -> distribution       `places` [P]: 0 for the best, P - 1 for the worst
 
 Member i's z is drawn from the generation's key folded with i, again in `tell`: one draw [D] for the whole tree, without
 paths. So here (CMA and NES, in all their forms) other leaves, or their order, do change what a leaf draws; another
@@ -36,7 +36,7 @@ class Search(NamedTuple):
 
     init: Callable[[Float[Tensor, "D"]], Any]
     points: Callable[[Any, Float[Tensor, "P D"]], Float[Tensor, "P D"]]
-    update: Callable[[Any, Float[Tensor, "P D"], Float[Tensor, "P D"], Int[Tensor, "P"]], Any]
+    update: Callable[[Any, Float[Tensor, "P D"], Int[Tensor, "P"]], Any]
     mean: Callable[[Any], Float[Tensor, "D"]]
 
 
@@ -94,14 +94,17 @@ def over_vectors(
         return Candidates({}, {}, unravel(points, state.centre))
 
     def tell(state: State, fitness: Float[Tensor, "P"]) -> State:
-        own, z = made(state.centre), draws(state)
-        x = own.points(state.distribution, z)
-        best, best_fitness = common.improved(state, fitness, lambda i: unravel(x[i[None]][0], state.centre))
+        own = made(state.centre)
+
+        def candidate(index: Tensor) -> Tree:
+            each = common.member_keys(common.generation_key(state), population)
+            z = drawn_of(each[index[None]], tree.size(state.centre), dtype)  # its own draw: those of all are not kept
+            return unravel(own.points(state.distribution, z)[0], state.centre)
+
+        best, best_fitness = common.improved(state, fitness, candidate)
         known, finite = usable(fitness)
-        # Where nothing is known there is nothing to follow.
-        ranked = known.argsort(descending=True, stable=True)
-        told = own.update(state.distribution, z, x, ranked)
-        some = finite.any()
+        told = own.update(state.distribution, draws(state), places(known))
+        some = finite.any()  # where nothing is known there is nothing to follow
         distribution = tree.map(lambda new, old: torch.where(some, new, old), told, state.distribution)
         centre = unravel(own.mean(distribution), state.centre)
         return State(state.key, state.generation + 1, centre, best, best_fitness, distribution)
@@ -120,4 +123,14 @@ def check_size(name: str, size: int, limit: int | None) -> None:
 
 def drawn(key: Tensor, population: int, size: int, dtype: torch.dtype) -> Float[Tensor, "P D"]:
     """Standard normal numbers for each member of a generation."""
-    return torch.vmap(lambda own: keys.normal(own, (size,), dtype))(common.member_keys(key, population))
+    return drawn_of(common.member_keys(key, population), size, dtype)
+
+
+def drawn_of(members: Int[Tensor, "Q 2"], size: int, dtype: torch.dtype) -> Float[Tensor, "Q D"]:
+    """Those of some members, by their keys."""
+    return torch.vmap(lambda own: keys.normal(own, (size,), dtype))(members)
+
+
+def places(known: Float[Tensor, "P"]) -> Int[Tensor, "P"]:
+    """The place of each member: 0 for the best one; of equals the first stays in front."""
+    return known.argsort(descending=True, stable=True).argsort()
