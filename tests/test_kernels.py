@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,6 +195,9 @@ def test_the_operators_are_what_torch_expects_of_operators():
     torch.library.opcheck(torch.ops.functional_lm.product, (x, w, None, 5))
     key = normal(2, 2, 1, 4, 16)
     torch.library.opcheck(torch.ops.functional_lm.filled_rows, (normal(3, 2, 2, 16), key, key, torch.tensor([1, 3]), 0))
+    noise = (normal(1, 3, 5, 8), normal(2, 3, 5, 6), normal(3, 3, 2, 8), normal(4, 3, 6, 2), normal(5, 3))
+    torch.library.opcheck(torch.ops.functional_lm.low_rank, noise)
+    torch.library.opcheck(torch.ops.functional_lm.low_rank_, noise)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -211,11 +216,13 @@ def test_an_adapter_hangs_on_blocks_as_on_weights(dora):
 # What low-rank noise adds ---------------------------------------------------------------------------------------------
 
 
-def members(seed: int, sizes: tuple[int, int, int, int, int], kind: torch.dtype) -> tuple[Tensor, Tensor, tree.Tree]:
-    """x [P, M, in], y [P, M, out] and adapters [P, ...] as `thin` lays them out."""
+def members(
+    seed: int, sizes: tuple[int, int, int, int, int], kind: torch.dtype, factors: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, tree.Tree]:
+    """x [P, M, in], y [P, M, out] and adapters [P, ...] under the kernel's names."""
     count, rows, inputs, outputs, rank = sizes
     own = {"lora_A": normal(seed + 2, count, rank, inputs), "lora_B": normal(seed + 3, count, outputs, rank)}
-    noise = {"a": {**tree.cast(own, kind), "lora_scale": normal(seed + 4, count)}}
+    noise = {"a": {**tree.cast(own, factors), "lora_scale": normal(seed + 4, count)}}
     x, y = normal(seed, count, rows, inputs).to(kind), normal(seed + 1, count, rows, outputs).to(kind)
     return x, y, torch.vmap(layout.thin)(noise)["a"]
 
@@ -224,9 +231,9 @@ SIZES = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 70), st.i
 
 
 @settings(max_examples=60)
-@given(SIZES, KINDS, st.integers(0, 99))
-def test_low_rank_noise_is_two_thin_products(sizes, kind, seed):
-    x, y, params = members(seed, sizes, kind)
+@given(SIZES, KINDS, KINDS, st.integers(0, 99))
+def test_low_rank_noise_is_two_thin_products(sizes, kind, factors, seed):
+    x, y, params = members(seed, sizes, kind, factors)
     wanted = kernels.pure_low_rank(x, y, *(params[name] for name in layout.THIN), params["lora_scale"])
     before = y.clone()
     close = {"rtol": 1e-2, "atol": 2e-2} if kind == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
@@ -235,13 +242,16 @@ def test_low_rank_noise_is_two_thin_products(sizes, kind, seed):
         alone = kernels.low_rank(x[member], y[member], tree.index(params, member))
         torch.testing.assert_close(alone, wanted[member], **close)
     assert torch.equal(y, before)  # outside of vmap nobody's tensor is written to
+    back = torch.vmap(partial(kernels.low_rank, transposed=True))(y, x.clone(), params)
+    a, b = (params[name].mT for name in layout.THIN)
+    torch.testing.assert_close(back, kernels.pure_low_rank(y, x, b, a, params["lora_scale"]), **close)
 
 
 @settings(max_examples=40)
-@given(SIZES, KINDS, st.integers(0, 99))
-def test_a_members_noise_says_the_same_bits_in_any_company(sizes, kind, seed):
+@given(SIZES, KINDS, KINDS, st.integers(0, 99))
+def test_a_members_noise_says_the_same_bits_in_any_company(sizes, kind, factors, seed):
     """Alone and among members, a row and all rows, shared or not, a part of a wider product, on 1 thread and on 3."""
-    x, y, params = members(seed, sizes, kind)
+    x, y, params = members(seed, sizes, kind, factors)
     together = torch.vmap(kernels.low_rank)(x, y.clone(), params)
     wide = torch.cat([y, y, y], -1)
     part = wide[..., y.shape[-1] : 2 * y.shape[-1]]
@@ -257,9 +267,8 @@ def test_a_members_noise_says_the_same_bits_in_any_company(sizes, kind, seed):
             assert torch.equal(kernels.low_rank(x[member, row], y[member, row], own), together[member, row])
     shared = torch.vmap(kernels.low_rank, (None, None, 0))(x[0], y[0], params)
     assert torch.equal(shared[0], together[0])
-    assert torch.equal(
-        shared, torch.stack([kernels.low_rank(x[0], y[0], tree.index(params, p)) for p in range(len(x))])
-    )
+    alone = [kernels.low_rank(x[0], y[0], tree.index(params, member)) for member in range(len(x))]
+    assert torch.equal(shared, torch.stack(alone))
 
 
 def test_a_compiled_product_and_its_noise_are_the_eager_ones():

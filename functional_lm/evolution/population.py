@@ -89,14 +89,13 @@ def making(
 ) -> Callable[[Tree, Tree, Tree], Tree]:
     """`(frozen, shared, own [C, ...]) -> [C, ...]`: what each member computes with, its own leaves or its model.
 
-    `with_kernels` lays adapters out for that of low-rank noise.
+    `with_kernels` leaves adapters as they are, for the kernel of low-rank noise.
     """
 
     def each(frozen: Tree, leaves: Tree) -> Tree:
         if space.makes:
             return space.model(frozen, leaves, dtype)
-        made = compute_copy(leaves, dtype, fuse=False)
-        return kernels.thin(made) if with_kernels else made
+        return compute_copy(kernels.thin(leaves) if with_kernels else leaves, dtype, fuse=False)
 
     def make(frozen: Tree, shared: Tree, own: Tree) -> Tree:
         return torch.vmap(each, in_dims=(None, 0))(frozen, strategy.members(shared, own))

@@ -2,10 +2,10 @@
 
     product(x, blocks, outputs)            x Wᵀ for rows of x, at the speed at which W is read
     filled_rows(query, key, value, at)     attention of one query a slot over the cache rows that are filled
-    low_rank(x, y, params)                 y + scale (x Aᵀ) B, for each member of a population its own
+    low_rank(x, y, params)                 y + scale (x Aᵀ) Bᵀ, for each member of a population its own
 
-`laid_out` gives a tree whose matrices lie in blocks, `thin` one whose adapters lie as `low_rank` reads them
-(`layout.py`); `linear` and `attention` look at what they are handed. None of them has a gradient.
+`laid_out` gives a tree whose matrices lie in blocks, `thin` one whose adapters are `low_rank`'s (`layout.py`); `linear`
+and `attention` look at what they are handed. None of them has a gradient.
 
 Axes: S slots, H query heads, K key/value heads, C cache length, E head width, N blocks of 32 outputs, P members,
 M rows, R rank.
@@ -96,14 +96,16 @@ def filled_rows(
 
 
 def low_rank(
-    x: Float[Tensor, "*B in"], y: Float[Tensor, "*B out"], params: Tree, names: tuple[str, str] = THIN
+    x: Float[Tensor, "*B in"], y: Float[Tensor, "*B out"], params: Tree, transposed: bool = False
 ) -> Float[Tensor, "*B out"]:
-    """y + scale (x Aᵀ) B of an adapter that `thin` laid out, y's dtype; sums are in float32.
+    """y + scale (x Aᵀ) Bᵀ of an adapter under the names THIN, y's dtype; sums are in float32.
 
-    Under `vmap` it is one call for all members, and what they share is not copied for each. With `names` the other way
-    round it is the transposed product.
+    Under `vmap` it is one call for all members, which what they share is not copied for; there y is used up. If
+    `transposed` it is y + scale (x B) A.
     """
-    a, b = (params[name].to(y.dtype) for name in names)
+    a, b = (params[name] for name in THIN)
+    if transposed:
+        a, b = b.mT, a.mT
     rows, products = x.reshape(1, -1, x.shape[-1]), y.reshape(1, -1, y.shape[-1])
     scale = params["lora_scale"].float().reshape(1)
     result: Tensor = torch.ops.functional_lm.low_rank(rows.to(y.dtype), products, a[None], b[None], scale)
@@ -144,8 +146,8 @@ def pure_filled_rows(query: Tensor, key: Tensor, value: Tensor, positions: Tenso
 
 
 def pure_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Float[Tensor, "P M out"]:
-    thin = (x.float() @ a.float().mT) * scale[:, None, None]
-    return (y.float() + thin @ b.float()).to(y.dtype)
+    thin = (x.float() @ a.to(x.dtype).float().mT) * scale[:, None, None]
+    return (y.float() + thin @ b.float().mT).to(y.dtype)
 
 
 @torch.library.register_fake("functional_lm::product")

@@ -6,7 +6,7 @@
 there are `blocks`, and `outputs [out, 0]`, which says how many outputs the last block does not exceed. They lie side by
 side in one piece of memory, in pages of 2 MiB where the system has such: small ones are what reading stumbles over.
 
-An adapter (or a member's noise) becomes `thin_A [R, in]`, `thin_B [R, out]` with `thin`, both factors row by row.
+An adapter (or a member's noise) is `thin_A [R, in]`, `thin_B [out, R]` with `thin`: as it is, under other names.
 
 Axes: N blocks.
 """
@@ -68,15 +68,12 @@ def laid_out(params: Tree) -> Tree:
 
 
 def thin(params: Tree) -> Tree:
-    """The tree with the factors of every adapter as `low_rank` reads them; those with magnitudes ask for the sum."""
+    """The tree with its adapters under the names of `low_rank`; not those with magnitudes, which ask for the sum."""
     flat = tree.flatten(params)
-    paths = [name.rpartition(".")[0] for name in flat if name.endswith(".lora_A")]
-    made = dict(flat)
-    for path in paths:
-        if f"{path}.lora_B" in flat and f"{path}.lora_magnitude" not in flat:
-            a, b = (made.pop(f"{path}.{name}") for name in ("lora_A", "lora_B"))
-            made |= {f"{path}.{name}": leaf for name, leaf in zip(THIN, (a, b.mT.contiguous()))}
-    return tree.unflatten(made)
+    paths = {name.rpartition(".")[0] for name in flat if name.endswith(".lora_A")}
+    served = {path for path in paths if f"{path}.lora_B" in flat and f"{path}.lora_magnitude" not in flat}
+    names = {f"{path}.{old}": f"{path}.{new}" for path in served for old, new in zip(("lora_A", "lora_B"), THIN)}
+    return tree.unflatten({names.get(name, name): leaf for name, leaf in flat.items()})
 
 
 def _served(name: str, leaf: Tensor, flat: Mapping[str, Tensor]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from functional_lm import tree
+from functional_lm import kernels, tree
 from functional_lm.model import packed, quantize
 from functional_lm.tree import Tree
 
@@ -21,10 +21,11 @@ ADDED = frozenset({"lora_A", "lora_B", "lora_scale", "lora_dropout", "lora_key",
 
 
 def compute_copy(params: Tree, dtype: torch.dtype, fuse: bool = True) -> Tree:
-    """Matrices in `dtype`, vectors (norms, biases) as they are, q/k/v and gate/up as one leaf each."""
+    """Matrices in `dtype`, vectors (norms, biases) and what a kernel reads as it is as they are, q/k/v and gate/up as
+    one leaf each."""
 
     def cast(name: str, leaf: torch.Tensor) -> torch.Tensor:
-        matrix = leaf.dim() > 1 or name.endswith(".scales")
+        matrix = (leaf.dim() > 1 and not name.endswith(kernels.THIN)) or name.endswith(".scales")
         return leaf.to(dtype) if leaf.is_floating_point() and matrix else leaf
 
     params = tree.map_named(cast, params)

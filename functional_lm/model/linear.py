@@ -11,7 +11,7 @@ or without an adapter beside it:
                                                        stands for the magnitudes)
 
     blocks [N, in/p, 32, p], outputs [out, 0]          instead of `weight`: the order of the kernels of `kernels`
-    thin_A [R, in], thin_B [R, out]                    instead of `lora_A`, `lora_B`: the same
+    thin_A [R, in], thin_B [out, R]                    instead of `lora_A`, `lora_B`: for a kernel of those
 
 Which leaves are there decides what is computed; there is no wrapper class and no flag.
 """
@@ -163,7 +163,7 @@ def embed(params: Tree, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
         x = x + F.linear(thin * params["lora_scale"], params["lora_B"]).to(x.dtype)
     if kernels.THIN[0] in params:
         a, b = (params[name] for name in kernels.THIN)
-        x = x + ((F.embedding(tokens, a.mT) * params["lora_scale"]) @ b).to(x.dtype)
+        x = x + F.linear(F.embedding(tokens, a.mT) * params["lora_scale"], b).to(x.dtype)
     return x
 
 
@@ -178,5 +178,5 @@ def unembed(params: Tree, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         thin = F.linear(x, params["lora_B"].mT.to(x.dtype)) * params["lora_scale"].to(x.dtype)
         y = y + F.linear(thin, params["lora_A"].mT.to(x.dtype))
     if kernels.THIN[0] in params:
-        y = kernels.low_rank(x, y, params, kernels.THIN[::-1])
+        y = kernels.low_rank(x, y, params, transposed=True)
     return y
