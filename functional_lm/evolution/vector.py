@@ -4,15 +4,16 @@
     search.points(distribution, z [P, D]) -> x [P, D]            z standard normal
     search.update(distribution, z, x, ranked) -> distribution    `ranked` [P]: the members from the best to the worst
 
-Member i's z is drawn from the generation's key folded with i, again in `tell`: one draw [D] for the whole tree, without
-paths. So here (CMA and NES, in all their forms) other leaves, or their order, do change what a leaf draws; another
-number of members does not.
+Member i's z is drawn from the generation's key folded with i and with the leaf's path, again in `tell`: neither other
+leaves, nor their order, nor the number of members change what a leaf draws. What becomes of it is one vector: step
+sizes and covariances know all leaves, and the eigenvectors of a full CMA-ES their order.
 
 Axes: P members, D numbers of the tree.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from functional_lm import keys, tree
+from functional_lm import tree
 from functional_lm.errors import UsageError
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.gradient import Wrap, unwrapped
@@ -87,7 +88,7 @@ def over_vectors(
         return tree.copy(State(*head, made(start).init(ravel(start, dtype))))
 
     def draws(state: State) -> Float[Tensor, "P D"]:
-        return drawn(common.generation_key(state), population, tree.size(state.centre), dtype)
+        return drawn(common.generation_key(state), population, state.centre, dtype)
 
     def ask(state: State) -> Candidates:
         points = made(state.centre).points(state.distribution, draws(state))
@@ -118,6 +119,12 @@ def check_size(name: str, size: int, limit: int | None) -> None:
         )
 
 
-def drawn(key: Tensor, population: int, size: int, dtype: torch.dtype) -> Float[Tensor, "P D"]:
-    """Standard normal numbers for each member of a generation."""
-    return torch.vmap(lambda own: keys.normal(own, (size,), dtype))(common.member_keys(key, population))
+def drawn(key: Tensor, population: int, like: Tree, dtype: torch.dtype) -> Float[Tensor, "P D"]:
+    """Standard normal numbers for each member of a generation, in the order of the leaves of `like`."""
+    sizes = {name: (math.prod(shape),) for name, shape in common.shapes_of(like).items()}
+
+    def one(own: Tensor) -> Tensor:
+        parts = list(common.drawn(own, sizes, dtype=dtype).values())
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    return torch.vmap(one)(common.member_keys(key, population))
