@@ -1,9 +1,10 @@
 """Study (c): two models fine-tuned on different books, merged by evolved coefficients, against the uniform soup.
 
-    python experiments/study_merge.py --books Emma.md,Moby-Dick.md
+    python experiments/study_merge.py [--books A,B | --books stdlib]
 
-The two books of the README's table are Emma and Moby-Dick, which Project Gutenberg has as #158 and #2701
-(gutenberg.org/ebooks/158, gutenberg.org/ebooks/2701); other editions of the text end at other last digits.
+The two books are Emma and Moby-Dick, which are downloaded once, or two others: files or http(s) addresses. Where there
+is no network, and with `--books stdlib`, they are two parts of what every Python has: its reference, in English, and as
+much of its library's source.
 
 A small transformer is pretrained on the first halves of both books together, and two copies of it are fine-tuned on the
 next 30 % of one book each. Then merges of the two are measured on the last tenth of both books, which nothing has seen:
@@ -21,7 +22,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,10 +29,12 @@ from torch import Tensor
 
 from functional_lm import keys, tree
 from functional_lm.compile import compiled
+from functional_lm.errors import DataError, FunctionalLMError, UsageError
 from functional_lm.evolution import cma, fitness, merging, population
 from functional_lm.evolution.spaces import Space
 from functional_lm.model import merge, transformer
 from functional_lm.model.config import ModelConfig
+from functional_lm.text import corpus
 from functional_lm.text import tokenizer as tokenizers
 from functional_lm.training import optimizer, schedule, step
 from functional_lm.tree import Tree
@@ -40,6 +42,12 @@ from functional_lm.tree import Tree
 TIME = 64
 PARTS = {"pretraining": (0.0, 0.5), "tuning": (0.5, 0.8), "fitness": (0.8, 0.9), "held out": (0.9, 1.0)}
 Tensors = dict[str, Tensor]
+CLASSICS = "https://raw.githubusercontent.com/mlschmitt/classic-books-markdown/f9edc0ac68ef4d4bc6b16cbc1a3d68d5783a7e28"
+BOOKS = (
+    f"{CLASSICS}/Jane%20Austen/Emma.md#sha256=39784d345f2156f3a89384bbf9a3a9d902f80391339d295a30d13c2d1213203f,"
+    f"{CLASSICS}/Herman%20Melville/Moby-Dick.md"
+    "#sha256=664746ebf8a3532450f24cb76022c34e54547f61480602c57efa4c73c83ec6ca"
+)
 
 
 class Books(NamedTuple):
@@ -51,15 +59,40 @@ class Books(NamedTuple):
     byte_lengths: Tensor
 
 
-def read(paths: Sequence[Path], vocab: int) -> Books:
-    texts = [path.read_text(encoding="utf-8") for path in paths]
+def texts_of(books: str) -> dict[str, str]:
+    """The two texts by their names. Raises UsageError, DataError for what cannot be read or downloaded."""
+    if books == corpus.STDLIB:
+        return library()
+    try:
+        paths = corpus.find(books).files
+    except DataError as error:
+        if books != BOOKS:
+            raise
+        print(f"{error}; two parts of Python's own library take the place of the books", flush=True)
+        return library()
+    if len(paths) != 2:
+        raise UsageError(f"--books {books}: {len(paths)} files; name two texts, A,B")
+    return {path.stem: path.read_text(encoding="utf-8") for path in paths}
+
+
+def library() -> dict[str, str]:
+    """What `help()` says of the language, in English, and as many characters of the library's source."""
+    from pydoc_data.topics import topics
+
+    prose = "\n".join(topics.values())
+    source = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in corpus.find(corpus.STDLIB).files)
+    return {"reference": prose, "source": source[: len(prose)]}
+
+
+def read(books: dict[str, str], vocab: int) -> Books:
+    texts = list(books.values())
     firsts = [text[: len(text) // 2] for text in texts]
     tokenizer = tokenizers.train(firsts, "bpe", vocab)
     parts = {
         name: [torch.tensor(tokenizer.encode(text[int(a * len(text)) : int(b * len(text))])) for text in texts]
         for name, (a, b) in PARTS.items()
     }
-    return Books([path.stem for path in paths], parts, vocab, torch.from_numpy(tokenizer.byte_lengths.copy()))
+    return Books(list(books), parts, vocab, torch.from_numpy(tokenizer.byte_lengths.copy()))
 
 
 def drawn(ids: Tensor, key: Tensor, count: int) -> Tensor:
@@ -127,7 +160,7 @@ def evolved(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--books", required=True, help="two texts, A,B")
+    parser.add_argument("--books", default=BOOKS, help="two texts, A,B: files or http(s) addresses; or stdlib")
     parser.add_argument("--vocab", type=int, default=512)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--pretraining", type=int, default=500, help="steps of 8 rows")
@@ -136,15 +169,16 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=15)
     parser.add_argument("--rows", type=int, default=32, help="that fitness is measured on")
     given = parser.parse_args()
-    paths = [Path(path) for path in given.books.split(",")]
-    if len(paths) != 2 or not all(path.is_file() for path in paths):
-        parser.error(f"--books {given.books} are not two files")
+    try:
+        texts = texts_of(given.books)
+    except FunctionalLMError as error:
+        parser.error(f"{error}")
     started = time.perf_counter()
 
     def say(text: str) -> None:
         print(f"{text} ({time.perf_counter() - started:.0f} s)", flush=True)
 
-    books = read(paths, given.vocab)
+    books = read(texts, given.vocab)
     config = ModelConfig(
         given.vocab, d_model=given.width, n_layers=2, n_heads=4, d_ff=3 * given.width, max_len=TIME,
         attention="standard",

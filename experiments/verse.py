@@ -1,9 +1,11 @@
-"""The README's example of evolution: a fitness that no gradient can follow, and the lines that it is measured on.
+"""The README's examples of fitness that no gradient can follow, and the lines that it is measured on.
 
     python experiments/verse.py          writes lines.jsonl from tinyshakespeare.txt, both in the folder it runs in
     ... evolve --data lines.jsonl --fitness experiments.verse:ten
+    ... evolve --data lines.jsonl --strategy nsga2 --fitness loss,experiments.verse:brief
 
-A row is a line of Shakespeare cut behind its third word; `ten` counts syllables, and words that he never used.
+A row is a line of Shakespeare cut behind its third word; `ten` counts syllables, and words that he never used. The
+other functions are figures of which several make sense together.
 """
 
 from __future__ import annotations
@@ -38,6 +40,21 @@ def ten(answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[int]:
     """Minus how far each line is from ten syllables, minus its words that are not in the text."""
     lines = [words_of(row["prompt"] + answer) for answer, row in zip(answers, rows)]
     return [-abs(sum(map(syllables, line)) - 10) - sum(word not in known() for word in line) for line in lines]
+
+
+def brief(answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[int]:
+    """Minus the characters of each answer."""
+    return [-len(answer) for answer in answers]
+
+
+def length(answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[int]:
+    """The characters of each answer."""
+    return [len(answer) for answer in answers]
+
+
+def vowels(answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """The share of vowels in each answer."""
+    return [sum(letter in "aeiou" for letter in answer) / max(1, len(answer)) for answer in answers]
 
 
 def rows() -> Iterator[dict[str, str]]:

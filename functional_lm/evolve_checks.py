@@ -9,6 +9,7 @@ from functional_lm.evolve_flags import (
     LEAST_STEP,
     MEASURED,
     RESTARTING,
+    SCHEDULE,
     SEARCHING,
     TRAINING,
     TUNED,
@@ -19,6 +20,7 @@ from functional_lm.evolve_flags import (
 )  # fmt: skip
 from functional_lm.sampling_settings import USUAL
 
+TRAINED = ("tuned", "steps", *SCHEDULE, "spread", "exploit", "perturb", "resample", "fresh")
 REPLAYED = ("action", "journal", "out", "model", "data", "device", "rank_timeout")  # flags of replay
 
 
@@ -96,7 +98,7 @@ def _check_trained(flags: EvolveFlags) -> None:
         why = "architectures do not go on with each other's weights" if flags.space == "architecture" else "pbt trains"
         raise UsageError(f"--strategy pbt is for --space hyper, not {flags.space}: {why}")
     others = {
-        "hyper and architecture": (TRAINING, ("tuned", "steps", "spread", "exploit", "perturb", "resample", "fresh")),
+        "hyper and architecture": (TRAINING, TRAINED),
         "architecture": (("architecture",), ("choices", "max_parameters", "equal_compute")),
     }
     for what, (spaces, names) in others.items():
@@ -112,6 +114,10 @@ def _check_trained(flags: EvolveFlags) -> None:
         raise UsageError(f"--space {flags.space} is measured by {', '.join(MEASURED)}, not by {flags.fitness}")
     if flags.strategy == "pbt" and flags.chunk_size != "auto":
         raise UsageError("--strategy pbt trains all members at once; leave --chunk_size out")
+    for name in SCHEDULE if flags.strategy == "pbt" else ():
+        if name in flags.tuned or getattr(flags, name) != getattr(EvolveFlags, name):
+            raise UsageError(f"--{name} is of a schedule over --steps; pbt, which goes on after them, finds its own: "
+                             "tune learning_rate")  # fmt: skip
     for name in flags.tuned:
         if getattr(flags, name) == 0:
             raise UsageError(f"--tuned {name} is searched by factors, and begins at 0; give --{name} another")

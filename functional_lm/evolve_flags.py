@@ -23,7 +23,8 @@ RESTARTS = ("none", "ipop", "bipop")
 SPACES = ("full", "lora", "merge", "decode", "hyper", "architecture")
 TRAINING = ("hyper", "architecture")  # spaces whose members are trainings
 SEARCHING = ("snes", "xnes", "cma-es", "sep-cma-es", "differential-evolution", "pso")  # their strategies, and pbt
-TUNED = ("learning_rate", "weight_decay", "beta1", "beta2", "momentum", "grad_clip")
+SCHEDULE = ("warmup", "final_rate", "bend")  # numbers of a schedule over --steps
+TUNED = ("learning_rate", "weight_decay", "beta1", "beta2", "momentum", "grad_clip", *SCHEDULE)
 LEAST_STEP = 0.1  # of sigma between choices, which are 1 apart
 MEASURED = ("loss", "bits", "accuracy")
 SHAPINGS = ("centered_rank", "z_score", "nes")
@@ -38,7 +39,7 @@ FIXED = (
     "restarts", "de_base", "de_weight", "de_crossover", "inertia", "cognitive", "social",
     "descriptor", "bins", "ranges", "line", "batches",
     "models", "method", "groups", "base", "density", "settings",
-    "choices", "max_parameters", "equal_compute",
+    "choices", "max_parameters", "equal_compute", *SCHEDULE,
 )  # fmt: skip
 MEASURING = ("eval_batches",)  # fixed too where members train: half of what is held out is their fitness
 
@@ -124,6 +125,13 @@ class EvolveFlags:
     strength: float = option(0.1, "size of the noise, in spreads of the tensor", above=0, group="Genetic")
     tuned: tuple[str, ...] = option(("learning_rate",), "numbers of training that differ", choices=TUNED, group="Hyper")
     steps: int = option(50, "steps of training in a generation", low=1, aliases=("train_steps",), group="Hyper")
+    warmup: float = option(
+        0.0, "share of --steps in which the learning rate rises; not of pbt", low=0, high=1, group="Hyper"
+    )
+    final_rate: float = option(1.0, "share of it that the last step has; not of pbt", low=0, high=1, group="Hyper")
+    bend: float = option(
+        1.0, "how it comes down to it, 1: on a line, larger: later; not of pbt", above=0, group="Hyper"
+    )
     spread: float = option(10.0, "members begin within this factor of each number", low=1, group="Hyper")
     exploit: float = option(0.2, "share that goes on from the best", above=0, high=0.5, group="Hyper")
     perturb: float = option(1.2, "their numbers times or divided by this", low=1, group="Hyper")

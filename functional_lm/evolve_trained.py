@@ -125,18 +125,24 @@ def steps_of(options: EvolveFlags, search: Search, config: ModelConfig, length: 
     return trainings.equal_steps(options.steps, cost, other)
 
 
-def functions(options: EvolveFlags, config: ModelConfig) -> Training:
-    """The step of one member, at a constant rate."""
+def functions(options: EvolveFlags, config: ModelConfig, steps: int | None = None) -> Training:
+    """The step of one member: of a training of `steps` along a schedule that is numbers, else at a constant rate."""
     import torch
 
+    from functional_lm.evolution import hyper
     from functional_lm.training import optimizer, schedule, step
 
+    chosen = optimizer.optimizer(options.optimizer)
+    known = {name: float(getattr(options, name)) for name in step.DEFAULTS if hasattr(options, name)}
+    if steps is not None:
+        chosen = hyper.scheduled(chosen)
+        known |= {name: float(getattr(options, name)) for name in hyper.SCHEDULE} | {"total_steps": float(steps)}
     return step.training(
         dataclasses.replace(config, attention="standard", checkpoint_activations=False),
-        optimizer.optimizer(options.optimizer),
+        chosen,
         schedule.constant(),
         getattr(torch, options.dtype),
-        {name: getattr(options, name) for name in step.DEFAULTS if hasattr(options, name)},
+        known,
     )
 
 
@@ -175,7 +181,7 @@ def task_of(options: EvolveFlags, evolution: Evolution, source: Source, length: 
         return benches[place, size]
 
     def trained(place: Place, rows: Tree, size: int) -> Tree:
-        step = functions(options, search.grid.able[place])
+        step = functions(options, search.grid.able[place], steps(place))
         states = hyper.begun(step, begun(place), key, hyper.moved(search.numbers, rows), size)
         return bench(place, size).train(states, source.batch, 0, steps(place)).params
 
@@ -249,7 +255,7 @@ def _bench(options: EvolveFlags, model: Model, size: int, held: list[Any]) -> Be
     def wrap(donate: bool) -> Callable[..., Any]:
         return lambda function: compiled(function, donate=donate, enabled=options.compile)
 
-    train = hyper.steps_of(functions(options, model.config), wrap(donate=True))
+    train = hyper.steps_of(functions(options, model.config, options.steps), wrap(donate=True))
     space, objective = spaces.full(abstract(model.config)), task.objective_of(options.fitness, model)
     evaluate = population.evaluator(
         unmoved(size), space, objective, getattr(torch, options.dtype), None, wrap(donate=False)

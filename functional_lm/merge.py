@@ -186,7 +186,10 @@ def _check_alike(first: str, one: Model, second: str, other: Model) -> None:
     mine, theirs = one.config.to_json(), other.config.to_json()
     for field in mine:
         if field not in FREE and mine[field] != theirs[field]:
-            raise DataError(f"{field} is {_shown(mine[field])} in {first} and {_shown(theirs[field])} in {second}")
+            raise DataError(
+                f"{field} is {_shown(mine[field])} in {first} and {_shown(theirs[field])} in {second}; "
+                "merge models of one shape"
+            )
     if one.tokenizer.digest != other.tokenizer.digest:
         raise DataError(f"{first} and {second} have different tokenizers; merge models of one vocabulary")
 

@@ -114,7 +114,7 @@ KINDS = {
     ],
     "numbers of training by a swarm, in chunks": [
         *["--space", "hyper", "--strategy", "pso", "--sigma", "0.5", "--steps", "2", "--val_fraction", "0.3"],
-        *["--tuned", "learning_rate,beta1", "--fresh", "--chunk_size", "3"],
+        *["--tuned", "learning_rate,final_rate,bend", "--warmup", "0.5", "--fresh", "--chunk_size", "3"],
     ],
     "architectures by cma-es": [
         *["--space", "architecture", "--strategy", "cma-es", "--sigma", "0.8", "--steps", "2", "--val_fraction", "0.3"],
@@ -386,6 +386,14 @@ REFUSED = {
     "tuned": (
         ["--space", "hyper", "--strategy", "pbt", "--tuned", "weight_decay"],
         "--tuned weight_decay is searched by factors, and begins at 0; give --weight_decay another",
+    ),
+    "a schedule of pbt": (
+        ["--space", "hyper", "--strategy", "pbt", "--tuned", "learning_rate,warmup"],
+        "--warmup is of a schedule over --steps; pbt, which goes on after them, finds its own: tune learning_rate",
+    ),
+    "a warm-up of nothing": (
+        ["--space", "hyper", "--strategy", "pso", "--tuned", "warmup"],
+        "--tuned warmup is searched by factors, and begins at 0; give --warmup another",
     ),
     "architectures by pbt": (
         ["--space", "architecture", "--strategy", "pbt"],

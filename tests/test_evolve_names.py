@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from functional_lm import evolve_flags, evolve_spaces, evolve_strategies, keys, merge, sampling_settings
-from functional_lm.evolution import decoding, differential, fitness, genetic, gradient, restarts, shaping
+from functional_lm.evolution import decoding, differential, fitness, genetic, gradient, hyper, restarts, shaping
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.flags import describe
 from functional_lm.model import merge as merging
@@ -45,7 +45,7 @@ def choices(name: str) -> tuple[str, ...]:
         ("crossover", set(genetic.CROSSOVERS)),
         ("mutation", set(genetic.MUTATIONS)),
         ("de_base", set(differential.BASES)),
-        ("tuned", set(gradient.NUMBERS) - {"sigma"}),
+        ("tuned", (set(gradient.NUMBERS) - {"sigma"}) | set(hyper.SCHEDULE)),
     ],
 )
 def test_a_flag_can_be_what_there_is(flag: str, there: set[str]) -> None:
@@ -85,7 +85,7 @@ def test_kinds_of_strategies_are_those_of_their_states() -> None:
     assert remembered == set(evolve_flags.REMEMBERING)
     distributions = {name for name, its in fields.items() if "distribution" in its}
     assert distributions | {"differential-evolution", "pso"} == set(evolve_flags.SEARCHING)
-    kept = {name for name, its in fields.items() if its & {"members", "elites"}} - {"nsga2"}
+    kept = {name for name, its in fields.items() if its & {"members", "elites", "places"}} - {"nsga2"}
     assert kept | {"pbt"} == set(evolve_flags.KEEPING)
     again = {name: fields_of(EvolveFlags(strategy=name, population=4, restarts="ipop")) for name in distributions}
     assert {name for name, its in again.items() if "run" in its} == set(evolve_flags.RESTARTING)

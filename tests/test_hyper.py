@@ -113,6 +113,57 @@ def test_members_train_as_if_each_were_alone(seed: int) -> None:
             torch.testing.assert_close(leaf, tree.flatten(after.params)[path], rtol=1e-3, atol=1e-5, msg=f"{member}")
 
 
+SHAPED = {"learning_rate": 3e-3, "warmup": 0.4, "final_rate": 0.2, "bend": 2.0}
+
+
+@given(SEEDS)
+@settings(max_examples=3)
+def test_schedules_of_members_are_those_of_each_alone(seed: int) -> None:
+    """Rates that rise and fall otherwise in each member: vmapped = looped, and each is what a run at that rate is."""
+    total = 6
+    functions = step.training(
+        CONFIG, hyper.scheduled(optimizer.adamw()), schedule.constant(), numbers={**SHAPED, "total_steps": total}
+    )
+    key, params = keys.key(seed), weights(CONFIG, seed)
+    own = {name: torch.tensor(value) * torch.tensor([0.5, 1.0, 2.0]) for name, value in SHAPED.items()}
+    states = hyper.begun(functions, params, key, own, 3)
+    together = hyper.steps_of(functions, lambda function: function)(states, batch, 0, total)
+    found = []
+    for member in range(3):
+        mine = {name: float(values[member]) for name, values in own.items()}
+        shape = [torch.tensor(mine[name]) for name in hyper.SCHEDULE]
+
+        def factor(at: Tensor, total: Tensor, shape: list[Tensor] = shape) -> Tensor:
+            return schedule.bent(at, total, *shape)
+
+        alone = step.training(CONFIG, optimizer.adamw(), factor, numbers={**mine, "total_steps": total})
+        state = alone.init(params, key)
+        for number in range(total):
+            state, _ = alone.train_step(state, batch(number))
+        found.append(state.params)
+        for path, leaf in tree.flatten(state.params).items():
+            torch.testing.assert_close(tree.flatten(together.params)[path][member], leaf, rtol=1e-3, atol=1e-5)
+    assert len({tree.digest(params) for params in found}) == 3
+
+
+@given(st.integers(1, 40), st.integers(0, 40), st.floats(0, 1))
+def test_a_bent_schedule_has_the_known_ones_in_it(total: int, warm: int, last: float) -> None:
+    """Constant, warm-up and a line down are numbers of it."""
+    warm, length = min(warm, total), torch.tensor(total)
+    line = schedule.schedule("linear", warm, last)
+    for at in map(torch.tensor, range(total)):
+        assert float(schedule.bent(at, length, torch.tensor(0.0), torch.tensor(1.0), torch.tensor(1.0))) == 1.0
+        mine = schedule.bent(at, length, torch.tensor(warm / total), torch.tensor(last), torch.tensor(1.0))
+        assert float(mine) == pytest.approx(float(line(at, length)), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", hyper.SHARES)
+def test_a_share_stays_below_one(name: str) -> None:
+    offset = {name: torch.tensor([[-9.0], [0.0], [9.0]])}
+    assert hyper.moved({name: 0.5}, offset)[name].tolist() == pytest.approx([0.5 * math.exp(-9), 0.5, 1.0])
+    hyper.check_numbers({name: 1.0})
+
+
 @pytest.mark.long
 def test_generations_are_compiled_once_and_those_of_the_eager_form() -> None:
     """Numbers, weights and parents differ from one to the next; the graph is the first one's."""

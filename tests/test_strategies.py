@@ -67,6 +67,8 @@ OTHERS: dict[str, Callable[[int], Strategy]] = {
     "differential-evolution": lambda population: differential.differential(
         differential.Settings(population, 0.5, "best", 0.6)
     ),
+    "snes": lambda population: natural.snes(population, 0.2),
+    "xnes": lambda population: natural.xnes(population, 0.2),
     "pso": lambda population: swarm.particle_swarm(swarm.Settings(population, 0.3)),
 }
 NAMES = ("genetic", "openai-es", "eggroll", *OTHERS)
@@ -162,12 +164,29 @@ def assert_same_part(strategy: Strategy, state: object, other: Strategy, of_part
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [*BY_PATH, "differential-evolution"])
+@pytest.mark.parametrize("name", [*BY_PATH, *(name for name in OTHERS if name != "pso")])
 def test_noise_depends_on_key_and_path_alone(name: str) -> None:
     """Neither on the other leaves, nor on how many members there are."""
     strategy, other = made(name, 16), made(name, 8)
     of_part = other.init(keys.key(3), tree.select(START, PART))
     assert_same_part(strategy, strategy.init(keys.key(3), START), other, of_part)
+
+
+@pytest.mark.parametrize("name", [*BY_PATH, "snes", "xnes", "sep-cma-es, bipop"])
+def test_the_order_of_leaves_changes_nothing(name: str) -> None:
+    """Nor do strategies over one vector know it, but for the eigenvectors of a full CMA-ES."""
+    flat = tree.flatten(START)
+    other: Tree = {name.replace(".", "/"): flat[name] for name in reversed(flat)}
+    one: Tree = {name: other[name] for name in reversed(other)}
+    strategy = made(name)
+    states = [strategy.init(keys.key(4), start) for start in (one, other)]
+    for generation in range(3):
+        states = [strategy.tell(state, numbers((16,), generation)) for state in states]
+    for index in (0, 15):
+        found, wanted = (strategy.dense(strategy.ask(state), index) for state in states)
+        assert found.keys() == wanted.keys() == one.keys()
+        for name in found:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BY_PATH)

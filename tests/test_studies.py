@@ -8,10 +8,16 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
+from functional_lm.errors import DataError
+from functional_lm.text import download
+
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
 PNG = b"\x89PNG"
 # The first column of each table, and the plot; (c) has none.
 STUDIES: dict[str, tuple[list[str], list[str], str | None]] = {
@@ -53,6 +59,36 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, part in (("first", text[:60_000]), ("second", text[60_000:120_000]), ("text", text[:300_000])):
         (place / f"{name}.txt").write_text(part, encoding="utf-8")
     return place
+
+
+def test_the_books_of_study_merge_are_downloaded_or_parts_of_the_library(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command wherever it runs; which texts it took is said, and in the table."""
+    import study_merge
+
+    asked: list[str] = []
+
+    def fetch(address: str, downloads: Any) -> Path:
+        asked.append(address)
+        return (
+            texts / f"{Path(urlsplit(address).path).stem.replace('Emma', 'first').replace('Moby-Dick', 'second')}.txt"
+        )
+
+    def refused(address: str, downloads: Any) -> Path:
+        raise DataError(f"{address} cannot be downloaded: nobody there")
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    assert list(study_merge.texts_of(study_merge.BOOKS)) == ["first", "second"]
+    assert [re.sub(".*/|#sha256=[0-9a-f]{64}$", "", address) for address in asked] == ["Emma.md", "Moby-Dick.md"]
+    monkeypatch.setattr(download, "fetch", refused)
+    taken = study_merge.texts_of(study_merge.BOOKS)
+    assert "Emma.md" in (said := capsys.readouterr().out)
+    assert "nobody there; two parts of Python's own library take the place of the books" in said
+    assert taken == study_merge.texts_of("stdlib")
+    assert 300_000 < len(taken["reference"]) == len(taken["source"])
+    with pytest.raises(DataError, match="nobody there"):
+        study_merge.texts_of("https://host/a,https://host/b")
 
 
 @pytest.mark.long

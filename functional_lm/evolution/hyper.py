@@ -12,7 +12,8 @@ on with the weights, the optimizer's state and the numbers of one of the best ("
 their numbers are then perturbed or drawn anew ("explore"). Which member goes on as which, and with what numbers,
 follows from key and fitness alone: `history` needs no training.
 
-A number is searched on the scale of its logarithm; a decay (`beta1`, ...) on that of its distance from 1.
+A number is searched on the scale of its logarithm; a decay (`beta1`, ...) on that of its distance from 1. A schedule is
+numbers too (`schedule.bent`): the share of the training in which the rate rises, the last rate over the peak, the bend.
 
 Axes: P members.
 """
@@ -33,10 +34,14 @@ from functional_lm.errors import UsageError
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.shaping import usable
 from functional_lm.evolution.strategy import Candidates, Strategy
+from functional_lm.training.schedule import bent
 from functional_lm.training.step import Batch, Training, TrainState
+from functional_lm.training.transformation import Optimizer
 from functional_lm.tree import Tree
 
 BELOW_ONE = ("beta1", "beta2", "momentum")
+SHARES = ("warmup", "final_rate")  # at most 1
+SCHEDULE = (*SHARES, "bend")
 Numbers = dict[str, Float[Tensor, "P"]]
 
 
@@ -71,8 +76,10 @@ def inner(name: str, value: Tensor) -> Tensor:
 
 
 def outer(name: str, scaled: Tensor) -> Tensor:
-    """Back from there; a decay is at least 0."""
-    return 1 - scaled.clamp(max=0.0).exp() if name in BELOW_ONE else scaled.exp()
+    """Back from there; a decay is at least 0, a share at most 1."""
+    if name in BELOW_ONE:
+        return 1 - scaled.clamp(max=0.0).exp()
+    return (scaled.clamp(max=0.0) if name in SHARES else scaled).exp()
 
 
 def check_numbers(numbers: Mapping[str, float]) -> None:
@@ -220,6 +227,17 @@ def pbt(
 
 def _with(states: TrainState, numbers: Numbers) -> TrainState:
     return states._replace(numbers={**states.numbers, **numbers})
+
+
+def scheduled(optimizer: Optimizer) -> Optimizer:
+    """The optimizer at a rate that follows `schedule.bent`, whose numbers are the training's own."""
+
+    def update(updates: Tree, state: Any, params: Tree, numbers: Mapping[str, Tensor]) -> tuple[Tree, Any]:
+        factor = bent(numbers["step"], numbers["total_steps"], *(numbers[name] for name in SCHEDULE))
+        now = {**numbers, "learning_rate": numbers["learning_rate"] * factor}
+        return optimizer.update(updates, state, params, now)
+
+    return Optimizer(optimizer.init, update)
 
 
 def steps_of(

@@ -100,8 +100,7 @@ def restarting(
         """The noise of some parts of the present generation."""
         parts = state.generation - state.run.told + torch.arange(first, last + 1, device=state.key.device)
         own = torch.vmap(lambda part: keys.fold_in(state.key, part))(parts)
-        size = state.start.shape[0]
-        return torch.vmap(lambda key: vector.drawn(key, population, size, dtype))(own).flatten(0, 1)
+        return torch.vmap(lambda key: vector.drawn(key, population, state.centre, dtype))(own).flatten(0, 1)
 
     def points(state: State, z: Tensor) -> Float[Tensor, "P D"]:
         return search(state.start, population).points(state.distribution, z)

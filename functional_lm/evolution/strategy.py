@@ -10,8 +10,8 @@ of `candidates.fixed`, which all have as they stand. So an evaluation is
 the forward, or nothing but a key to draw it from.
 
 Draws are functions of (generation's key, member, leaf's path) alone, so that `tell` needs no candidates: it draws what
-it needs again. Neither the order of leaves nor which others there are changes a draw. (Two draw over all numbers at
-once: what works on vectors, `vector.py`, and differential evolution where it picks the number that is always crossed.)
+it needs again. Neither the order of leaves nor which others there are changes a draw. (One looks at all
+of them: differential evolution, where it picks the number that is always crossed.)
 
 Axes: P members.
 """

@@ -4,15 +4,16 @@
     search.points(distribution, z [P, D]) -> x [P, D]            z standard normal
     search.update(distribution, z, places) -> distribution       `places` [P]: 0 for the best, P - 1 for the worst
 
-Member i's z is drawn from the generation's key folded with i, again in `tell`: one draw [D] for the whole tree, without
-paths. So here (CMA and NES, in all their forms) other leaves, or their order, do change what a leaf draws; another
-number of members does not.
+Member i's z is drawn from the generation's key folded with i and with the leaf's path, again in `tell`: neither other
+leaves, nor their order, nor the number of members change what a leaf draws. What becomes of it is one vector: step
+sizes and covariances know all leaves, and the eigenvectors of a full CMA-ES their order.
 
 Axes: P members, D numbers of the tree.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from functional_lm import keys, tree
+from functional_lm import tree
 from functional_lm.errors import UsageError
 from functional_lm.evolution import strategy as common
 from functional_lm.evolution.gradient import Wrap, unwrapped
@@ -87,7 +88,7 @@ def over_vectors(
         return tree.copy(State(*head, made(start).init(ravel(start, dtype))))
 
     def draws(state: State) -> Float[Tensor, "P D"]:
-        return drawn(common.generation_key(state), population, tree.size(state.centre), dtype)
+        return drawn(common.generation_key(state), population, state.centre, dtype)
 
     def ask(state: State) -> Candidates:
         points = made(state.centre).points(state.distribution, draws(state))
@@ -98,7 +99,7 @@ def over_vectors(
 
         def candidate(index: Tensor) -> Tree:
             each = common.member_keys(common.generation_key(state), population)
-            z = drawn_of(each[index[None]], tree.size(state.centre), dtype)  # its own draw: those of all are not kept
+            z = drawn_of(each[index[None]], state.centre, dtype)  # its own draw: those of all are not kept
             return unravel(own.points(state.distribution, z)[0], state.centre)
 
         best, best_fitness = common.improved(state, fitness, candidate)
@@ -121,14 +122,20 @@ def check_size(name: str, size: int, limit: int | None) -> None:
         )
 
 
-def drawn(key: Tensor, population: int, size: int, dtype: torch.dtype) -> Float[Tensor, "P D"]:
-    """Standard normal numbers for each member of a generation."""
-    return drawn_of(common.member_keys(key, population), size, dtype)
+def drawn(key: Tensor, population: int, like: Tree, dtype: torch.dtype) -> Float[Tensor, "P D"]:
+    """Standard normal numbers for each member of a generation, in the order of the leaves of `like`."""
+    return drawn_of(common.member_keys(key, population), like, dtype)
 
 
-def drawn_of(members: Int[Tensor, "Q 2"], size: int, dtype: torch.dtype) -> Float[Tensor, "Q D"]:
+def drawn_of(members: Int[Tensor, "Q 2"], like: Tree, dtype: torch.dtype) -> Float[Tensor, "Q D"]:
     """Those of some members, by their keys."""
-    return torch.vmap(lambda own: keys.normal(own, (size,), dtype))(members)
+    sizes = {name: (math.prod(shape),) for name, shape in common.shapes_of(like).items()}
+
+    def one(own: Tensor) -> Tensor:
+        parts = list(common.drawn(own, sizes, dtype=dtype).values())
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    return torch.vmap(one)(members)
 
 
 def places(known: Float[Tensor, "P"]) -> Int[Tensor, "P"]:

@@ -47,6 +47,20 @@ def schedule(name: str, warmup: int = 0, floor: float = 0.0, cooldown: float | N
     return factor
 
 
+def bent(
+    step: Tensor, total: Tensor, warmup: Tensor | float, last: Tensor | float, bend: Tensor | float
+) -> Float[Tensor, ""]:
+    """A schedule that is three numbers, which may be tensors: members of a population may each have their own.
+
+    The rate rises over the share `warmup` of the run, and comes down to `last` as 1 - (1 - last) t^bend, where t is the
+    share of the rest that lies behind: a line for 1, later the larger it is. (0, 1, 1) is constant.
+    """
+    total = total.float()
+    risen = ((step + 1) / (warmup * total).clamp(min=1)).clamp(max=1.0)
+    behind = ((step / total - warmup) / torch.as_tensor(1 - warmup).clamp(min=1e-6)).clamp(0, 1)
+    return risen * (1 - (1 - last) * behind**bend)
+
+
 def warm(step: Tensor, warmup: int) -> Float[Tensor, ""]:
     """(step + 1) / warmup up to 1: the first step already moves."""
     return ((step + 1) / max(1, warmup)).clamp(max=1.0)
