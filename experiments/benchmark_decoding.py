@@ -85,7 +85,7 @@ def ours(folder: Path, weights: str, slots: int) -> tuple[Step, int]:
     with torch.no_grad():
         for slot in range(slots):
             prompt = keys.randint(keys.key(slot), (PROMPT,), 0, config.vocab_size, torch.int64).tolist()
-            request = Request(prompt, max_tokens=CONTEXT - PROMPT, seed=slot)
+            request = Request(tuple(prompt), max_tokens=CONTEXT - PROMPT, seed=slot)
             board.settle(slot, request, 0, 0)
             for start in range(0, PROMPT, board.chunk):
                 logits, _ = board.read(slot, prompt, start, False)
@@ -185,12 +185,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write(shape, Path(folder))
             for weights in flags.weights.split(","):
-                for slots in map(int, flags.slots.split(",")):
-                    found = compare(Path(folder), weights, slots, flags.rounds)
+                for rows in map(int, flags.slots.split(",")):
+                    found = compare(Path(folder), weights, rows, flags.rounds)
                     ratio, rate = found["ours"] / found["llama"], found["rate"]
                     speeds = f"{found['ours']:.0f} | {found['llama']:.0f} | **{ratio:.2f}**"
                     read = f"{rate / 1e9:.0f} ({rate / stream:.0%})"
-                    print(f"| {shape} | {weights} | {slots} | {speeds} | {read} |", flush=True)
+                    print(f"| {shape} | {weights} | {rows} | {speeds} | {read} |", flush=True)
     return None
 
 

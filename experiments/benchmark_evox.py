@@ -188,7 +188,8 @@ def worker(side: str, path: str) -> None:
 def compare(python: str, data: str, width: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "setting.npz")
-        np.savez(path, **make(data, width))
+        arrays: dict[str, Any] = make(data, width)
+        np.savez(path, **arrays)
         sides = {
             side: turns.started([sys.executable if side == "ours" else python, __file__, "--worker", side, path], True)
             for side in SIDES

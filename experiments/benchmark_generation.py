@@ -63,7 +63,12 @@ def theirs(folder: Path, dtype: str, batch: int, count: int) -> Run:
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype=getattr(torch, dtype)).eval()
     how = CompileConfig(mode="default")
     how._compile_all_devices = True  # type: ignore[assignment]
-    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "eos_token_id": None}
+    settings: dict[str, Any] = {
+        "max_new_tokens": count,
+        "min_new_tokens": count,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
     settings |= {"cache_implementation": "static", "compile_config": how}
 
     def run(texts: Texts) -> Texts:
@@ -149,8 +154,8 @@ def main() -> None:
     for shape in flags.shapes.split(","):
         with tempfile.TemporaryDirectory() as name:
             write(Path(name), shape)
-            for requests in map(int, flags.requests.split(",")):
-                compare(Path(name), shape, flags.dtype, requests, flags.tokens, flags.rounds)
+            for side_by_side in map(int, flags.requests.split(",")):
+                compare(Path(name), shape, flags.dtype, side_by_side, flags.tokens, flags.rounds)
     return None
 
 

@@ -192,7 +192,8 @@ def measure(flags: argparse.Namespace) -> None:
     print("| clients | first token ms | its 95 % | ms a token | tokens/s | good tokens/s |\n|---|---|---|---|---|---|")
     for clients in map(int, flags.clients.split(",")):
         outside(1), inside(1)
-        own, http_ = [], []
+        own: list[Any] = []
+        http_: list[Any] = []
         for number in range(flags.rounds):
             for here in (True, False) if number % 2 else (False, True):  # who begins changes
                 (own if here else http_).append((inside if here else outside)(clients))

@@ -50,7 +50,7 @@ def ours(name: str, size: int, population: int) -> Callable[[], Any]:
 
     def members(candidates: Any) -> torch.Tensor:
         leaves = strategy.members(candidates.shared, candidates.own)
-        return leaves["x"]  # type: ignore[no-any-return]
+        return leaves["x"]
 
     def generation() -> None:
         nonlocal state
@@ -75,7 +75,7 @@ def evotorch(name: str, size: int, population: int) -> Callable[[], Any]:
             problem, popsize=population, stdev_init=SIGMA, center_learning_rate=0.01, stdev_learning_rate=0.1
         ),
     }
-    return made[name]().step  # type: ignore[no-any-return]
+    return made[name]().step
 
 
 def evosax(name: str, size: int, population: int) -> Callable[[], Any]:
@@ -145,11 +145,11 @@ def main() -> None:
     print(f"{given.population} members, float32, milliseconds a generation")
     print(f"| strategy | D | {' | '.join(interpreters)} |\n|---|---|{'---|' * len(interpreters)}")
     for name in given.strategies.split(","):
-        for size in map(int, given.sizes.split(",")):
-            if name in MATRICES and size > LARGEST:
+        for numbers in map(int, given.sizes.split(",")):
+            if name in MATRICES and numbers > LARGEST:
                 continue
-            found = compare(interpreters, name, size, given.population, given.rounds)
-            print(f"| {name} | {size} | {' | '.join(f'{value:.2f}' for value in found.values())} |", flush=True)
+            found = compare(interpreters, name, numbers, given.population, given.rounds)
+            print(f"| {name} | {numbers} | {' | '.join(f'{value:.2f}' for value in found.values())} |", flush=True)
     return None
 
 

@@ -60,7 +60,7 @@ def model() -> tuple[tree.Tree, list[tree.Tree]]:
         made, key = lora.init(params, "all-linear", 2, keys.key(seed)), keys.key(seed + 10)
         adapters.append(
             tree.map_named(
-                lambda name, leaf, key=key: (  # type: ignore[misc]
+                lambda name, leaf, key=key: (
                     keys.normal(keys.fold_in_name(key, name), leaf.shape) if "lora_B" in name else leaf
                 ),
                 made,

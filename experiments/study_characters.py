@@ -131,7 +131,13 @@ def nanogpt(checkout: Path, text: str, validation: str, steps: int, out: Path) -
     }
     (data / "meta.pkl").write_bytes(pickle.dumps(meta))
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=True"]
-    recipe = {"eval_iters": 20, "eval_interval": steps, "log_interval": 10, "block_size": BLOCK, "batch_size": BATCH}
+    recipe: dict[str, int | str] = {
+        "eval_iters": 20,
+        "eval_interval": steps,
+        "log_interval": 10,
+        "block_size": BLOCK,
+        "batch_size": BATCH,
+    }
     recipe |= {"n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH, "max_iters": steps, "lr_decay_iters": steps}
     recipe |= {"always_save_checkpoint": "True", "out_dir": "out"}
     command += [f"--{name}={value}" for name, value in recipe.items()] + ["--dropout=0.0"]

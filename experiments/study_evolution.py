@@ -217,7 +217,7 @@ def save(out: Path, params: Tree, adapter: Tree, rank: int) -> None:
     base = {**params, "model": model}
     config = dataclasses.replace(CONFIG, vocab_size=words.vocab_size)
     folder.save(out / "model", base, config, words)
-    how = peft.Settings(rank, rank, lora.ALL_LINEAR, base=str(out / "model"), digest=tree.digest(base))
+    how = peft.Settings(rank, rank, (lora.ALL_LINEAR,), base=str(out / "model"), digest=tree.digest(base))
     peft.save(out / "adapter", adapter, how, base)
 
 

@@ -215,9 +215,9 @@ def main() -> None:
         say(f"evolved {name}")
     models["one model fine-tuned on both"] = (both, "")
     print(f"\n| | coefficients | {books.names[0]} | {books.names[1]} | mean |\n|---|---|---|---|---|")
-    for name, (model, count) in models.items():
+    for name, (model, coefficients) in models.items():
         first, second = bits(model)
-        print(f"| {name} | {count} | {first:.4f} | {second:.4f} | {(first + second) / 2:.4f} |")
+        print(f"| {name} | {coefficients} | {first:.4f} | {second:.4f} | {(first + second) / 2:.4f} |")
     say(f"\n{tree.size(base)} parameters; bits per byte of held-out text")
 
 

@@ -64,6 +64,9 @@ def run(options: QuantizeFlags) -> int:
     from functional_lm.model import gptq, quantize
 
     model = folder.load(options.model)
+    names = tree.flatten(model.params).keys()
+    if options.targets is not None and not any(map(tree.matcher(options.targets), names)):
+        raise UsageError(f"--targets {options.targets} match no weight, such as {next(iter(names))}")
     quantize.quantize(tree.to(model.params, "meta"), plan)  # refuses what cannot be, before any text is read
     train, validation = _text(options, model)
     if validation is not None:

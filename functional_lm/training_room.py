@@ -67,9 +67,9 @@ def _refuse(flags: TrainingFlags, config: ModelConfig, models: int, needed: int,
         what = f"{console.count(account.parameters(config))} parameters{f' of {models} models' if models > 1 else ''}"
         remedy = less if models < 2 else f"{less}, and so do fewer models"
     else:
-        fits = max(1, int(flags.batch_size * (free - held) / max(1, needed - held)))
+        fits = int(flags.batch_size * (free - held) / max(1, needed - held))
         what = f"{flags.batch_size} rows of {length} tokens"
-        more = f"--batch_size {fits} fits" if fits < flags.batch_size else "a smaller --block_size needs less"
+        more = f"--batch_size {fits} fits" if 0 < fits < flags.batch_size else "a smaller --block_size needs less"
         remedy = f"{more}, --checkpoint_activations true trades time for memory"
     raise UsageError(
         f"a step over {what} takes at least {console.size(needed)} of memory, and {console.size(free)} are free; "

@@ -49,7 +49,8 @@ def test_standard_attention_is_the_fused_kernel(
     query, key, value, mask = product
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     towards = numbers(tuple(query.shape), seed)
-    found, expected = standard(*leaves, mask), flash(*leaves, mask)
+    one, two, three = leaves
+    found, expected = standard(one, two, three, mask), flash(one, two, three, mask)
     assert_close(found, expected)
     for mine, theirs in zip(*(torch.autograd.grad((y * towards).sum(), leaves) for y in (found, expected))):
         assert_close(mine, theirs)

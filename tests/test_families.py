@@ -108,7 +108,7 @@ def test_the_name_that_is_written_is_the_one_that_is_read(config: ModelConfig) -
 
 def test_the_names_of_some_trees() -> None:
     base = ModelConfig()
-    cases = {
+    cases: dict[str, list[dict[str, Any]]] = {
         "llama": [{}, {"bias": "all"}, {"bias": "attention"}, {"rope_scaling": (8, 1, 4, 64)}, {"dropout": 0.1}],
         "mistral": [{"sliding_window": 7}, {"d_model": 250, "head_dim": 32}],
         "qwen2": [{"bias": "qkv"}, {"bias": "qkv", "sliding_window": 7}],

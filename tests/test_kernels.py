@@ -139,8 +139,9 @@ def test_filled_rows_are_attention(slots, shared, groups, length, width, window,
     torch.testing.assert_close(ours, kernels.pure_filled_rows(query, key, value, at, window), rtol=rtol, atol=atol)
     for slot in range(slots):  # neither the company nor what lies behind the filled rows is looked at
         end = int(at[slot]) + 1
-        own = [part[slot : slot + 1, :, :end].contiguous() for part in (key, value)]
-        alone = kernels.filled_rows(query[slot : slot + 1], *own, at[slot : slot + 1], window)
+        row = slice(slot, slot + 1)
+        its_key, its_value = (part[row, :, :end].contiguous() for part in (key, value))
+        alone = kernels.filled_rows(query[row], its_key, its_value, at[row], window)
         assert torch.equal(alone[0], ours[slot])
 
 

@@ -238,7 +238,7 @@ def test_a_signal_in_the_last_step_is_no_interruption() -> None:
 
 
 def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """The process itself, which here is an exception; test_trust has a real one."""
+    """The process itself, which here is an exception; test_signals has a real one."""
 
     def left(code: int) -> None:
         raise SystemExit(code)

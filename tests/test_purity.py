@@ -47,14 +47,15 @@ def impurities(source: str, package: str = "functional_lm") -> list[tuple[int, s
     tree = ast.parse(source)
     imported: dict[str, set[str]] = defaultdict(set)
     found = set()
-    for node in ast.walk(tree):
+    nodes = [(node, getattr(node, "lineno", 0)) for node in ast.walk(tree)]
+    for node, line in nodes:
         for dotted, name in imports(node, package):
             imported[name].add(dotted)
             if name == "*" and dotted.split(".")[0] in ("torch", "numpy", "os", "uuid"):
-                found.add((node.lineno, f"import * of {dotted}"))
-            found.update((node.lineno, reason) for reason in verdicts(dotted))
-    for node in ast.walk(tree):
-        found.update((node.lineno, reason) for reason in judge(node, imported))
+                found.add((line, f"import * of {dotted}"))
+            found.update((line, reason) for reason in verdicts(dotted))
+    for node, line in nodes:
+        found.update((line, reason) for reason in judge(node, imported))
     return sorted(found)
 
 

@@ -48,7 +48,8 @@ def by_function(method: str, models: list[Tree], base: Tree, found: merging.Reci
     if method == "linear":
         return merge.linear(models, w)
     if method == "slerp":
-        return merge.slerp(*models, w)
+        first, second = models
+        return merge.slerp(first, second, w)
     if method == "task_arithmetic":
         return merge.task_arithmetic(base, models, w)
     assert found.density is not None

@@ -63,8 +63,8 @@ def test_microbatches_added_up_are_one_batch(sizes: list[int], seed: int, ignore
     parts = zip(*(part.split(sizes) for part in batch.values()))
     totals = [functions.gradients(state, dict(zip(batch, part)), i) for i, part in enumerate(parts)]
     total = totals[0]
-    for other in totals[1:]:
-        total = tree.add(total, other)
+    for added in totals[1:]:
+        total = tree.add(total, added)
     whole = functions.gradients(state, batch)
     close(total, whole)
     assert int(total[1].tokens) == int(whole[1].tokens)

@@ -131,8 +131,8 @@ def integers(wide: bool) -> Iterator[Case]:
     }
     for dtype, pairs in (spans_wide if wide else spans).items():
         for seed, (low, high) in enumerate(pairs):
-            for shape in ((5,), (40, 60)):
-                yield {"draw": "randint", "seed": seed, "shape": shape, "low": low, "high": high, "dtype": dtype}
+            for drawn in ((5,), (40, 60)):
+                yield {"draw": "randint", "seed": seed, "shape": drawn, "low": low, "high": high, "dtype": dtype}
         for shape in SHAPES:
             yield {"draw": "randint", "seed": 3, "shape": shape, "low": -3, "high": 100, "dtype": dtype}
 
@@ -166,19 +166,18 @@ def inexact(wide: bool) -> Iterator[Case]:
                     "shape": (32,),
                     "dtype": dtype,
                 }
-            for seed, (shape, more) in enumerate(
-                (
-                    ((10,), {}),
-                    ((4, 7), {}),
-                    ((4, 7), {"dim": 0}),
-                    ((3, 4, 7), {"dim": 1}),
-                    ((7,), {"shape": (6,)}),
-                    ((4, 7), {"shape": (2, 3, 4)}),
-                    ((3, 4, 7), {"dim": 1, "shape": (5, 3, 7)}),
-                    ((64, 1000), {}),
-                )
-            ):
-                yield {"draw": "categorical", "seed": seed, "logits": {"shape": shape, "dtype": dtype}, **more}
+            logits: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
+                ((10,), {}),
+                ((4, 7), {}),
+                ((4, 7), {"dim": 0}),
+                ((3, 4, 7), {"dim": 1}),
+                ((7,), {"shape": (6,)}),
+                ((4, 7), {"shape": (2, 3, 4)}),
+                ((3, 4, 7), {"dim": 1, "shape": (5, 3, 7)}),
+                ((64, 1000), {}),
+            )
+            for seed, (size, more) in enumerate(logits):
+                yield {"draw": "categorical", "seed": seed, "logits": {"shape": size, "dtype": dtype}, **more}
 
 
 def table() -> list[Case]:

@@ -209,7 +209,8 @@ def read_object(path: str | Path) -> dict[str, Any]:
             pickles.refuse(path.parent)
         adapter = (path.parent / "adapter_config.json").is_file()
         remedy = f": an adapter lies there; `merge --base MODEL --models {path.parent}` makes one of both"
-        raise DataError(f"no configuration at {path}{remedy if adapter else ''}") from error
+        usual = "; name a model folder" if path.name == "config.json" else "; check the path"
+        raise DataError(f"no configuration at {path}{remedy if adapter else usual}") from error
     except NotADirectoryError as error:
         pickles.refuse(path.parent)
         raise DataError(f"{path.parent} is a file; name the folder that it lies in") from error
