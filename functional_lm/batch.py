@@ -32,9 +32,8 @@ def read(path: str, options: GenerateFlags) -> list[tuple[dict[str, Any], Genera
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}; check the path, or convert it"
-        ) from None
+        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise DataError(f"cannot read {path}: {why}; check the path, or convert it") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
