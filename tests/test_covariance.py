@@ -106,7 +106,7 @@ def test_snes_on_evotorchs_case(seed: int) -> None:
     strategy = natural.snes(1000, 10.0, torch.float32)
     start = keys.uniform(keys.fold_in_name(keys.key(seed), "start"), (100,)) * 10.24 - 5.12
     value, _ = descend(strategy, start, rastrigin, 1.0, 600_000, seed)
-    assert value < 800  # seeds 0 to 3 come to 666, 711, 734 and 742
+    assert value < 800  # seeds 0 to 2 come to 725, 709 and 682
 
 
 def test_snes_finds_a_place_and_its_scales() -> None:

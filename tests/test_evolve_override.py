@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_evolve import WORDS, at, call, contents, evolved, there, weights_of
+from evolutions import WORDS, at, call, contents, evolved, there, weights_of
 
 from functional_lm import evolve_flags, evolve_override, files, keys, tree
 from functional_lm.evolution import journal as journals

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from evolutions import EAGER, at, evolved, there, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evolve import EAGER, at, evolved, there, weights_of
 
 from functional_lm import evolve, tree
 from functional_lm.errors import DataError, UsageError
