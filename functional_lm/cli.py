@@ -204,6 +204,9 @@ def _report(error: BaseException, debug: bool) -> int:
         line, code = f"error: {error}", error.exit_code
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         line, code = f"error: {error.filename}: {error.strerror}{_remedy(error)}", 1
+    elif isinstance(error, MemoryError):
+        why = f" ({error})" if str(error) else ""
+        line, code = f"error: out of memory{why}; smaller numbers in the flags need less", 1
     else:
         # A compiler's error is all that it printed.
         said = textwrap.shorten(f"{error}".split("\n\n")[0], LONGEST, placeholder=" ...")

@@ -170,7 +170,9 @@ class EvolveFlags:
         600.0, "seconds that scoring a generation may take; 0: no limit; a call into a library that never returns to "
         "Python is not interrupted", low=0, group="Length",
     )  # fmt: skip
-    batch_size: int = option(8, "rows (or prompts) that all members of a generation see", low=1, group="Data")
+    batch_size: int = option(
+        8, "rows (or prompts) that all members of a generation see", low=1, high=10**6, group="Data"
+    )
     batches: int | None = option(
         None, "so many different ones, in turns; 0: one for each generation; if not given 0, but 1 for --restarts and "
         "strategies that keep what they measured", low=0, group="Data",

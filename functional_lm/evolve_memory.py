@@ -43,6 +43,12 @@ def chunk_of(options: EvolveFlags, evolution: Evolution, tokens: int) -> int:
         cells = math.prod(evolve_flags.grid(options)[0]) if options.descriptor else 0
         return memory.held(options.strategy, times * population, numbers, options.noise == "regenerated", cells)
 
+    if each > free != memory.UNKNOWN:
+        raise UsageError(
+            f"--batch_size {options.batch_size}: a member takes {console.size(each)} as it reads {tokens} tokens, and "
+            f"{console.size(free)} are free; a smaller --batch_size or --block_size needs less, --chunk_size 1 tries "
+            "it all the same"
+        )
     left = free - held(options.population)
     if left < each and free != memory.UNKNOWN:
         fits = int((free - each - held(0)) // max(1, held(1) - held(0)))

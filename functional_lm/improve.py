@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 from functional_lm import console, files, run_folder, training_flags
 from functional_lm import evolve_surroundings as surroundings
 from functional_lm.cli import Command, main_single
-from functional_lm.errors import DataError, UsageError
+from functional_lm.errors import DataError, FunctionalLMError, UsageError
 from functional_lm.improve_asking import Asker, asker_of
 from functional_lm.improve_flags import ImproveFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from functional_lm.evolution.improvement import Answer
     from functional_lm.folder import Model
@@ -71,7 +71,24 @@ def run(options: ImproveFlags) -> int:
         record, log = before or (_record(options, digest, text, functions), [])
         files.write_json(out / RECORD, record)
         _settle(out, source, log)
-        return _rounds(options, out, model, asker, log, record["since"])
+        with _room(options):
+            return _rounds(options, out, model, asker, log, record["since"])
+
+
+@contextlib.contextmanager
+def _room(options: ImproveFlags) -> Iterator[None]:
+    """Where memory does not hold what is computed, what needs less is said. Raises FunctionalLMError."""
+    from functional_lm.trainer import out_of_memory
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise FunctionalLMError(
+            f"out of memory with --at_once {options.at_once} and --batch_size {options.batch_size}; smaller ones need "
+            "less"
+        ) from error
 
 
 # Which rounds there are -----------------------------------------------------------------------------------------------

@@ -323,3 +323,12 @@ def test_limits_are_inclusive_where_they_say_so() -> None:
     assert run(["--dropout", "0.5"]).dropout == 0.5
     assert run(["--steps", "1"]).steps == 1
     assert run(["--learning_rate", repr(math.nextafter(0, 1))]).learning_rate == 5e-324
+
+
+def test_where_memory_is_at_its_end_what_needs_less_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def greedy(options: Options) -> None:
+        raise MemoryError("Unable to allocate 74.5 GiB")
+
+    assert main_single(Command("train", "Train.", Options, greedy), []) == 1
+    said = capsys.readouterr().err
+    assert said == "error: out of memory (Unable to allocate 74.5 GiB); smaller numbers in the flags need less\n"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from strategies import token_rows, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_lm import evolve_memory, evolve_trained, folder, keys, tree
+from functional_lm import evolve_memory, evolve_search, evolve_trained, folder, keys, tree
 from functional_lm.errors import UsageError
-from functional_lm.evolution import eggroll, fitness, genetic, gradient, hyper, memory, openai, restarts
+from functional_lm.evolution import eggroll, fitness, genetic, gradient, hyper, memory, openai, restarts, spaces
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_strategies import own_numbers, strategy_of
 from functional_lm.inference import cache as kv
@@ -91,12 +91,13 @@ def test_what_a_strategy_holds_of_all_members_it_holds_at_least(name: str) -> No
         return kept, live.most
 
     few = 1200 if name in ("xnes", "cma-es") else 12  # so many that their draws are more than D² numbers
-    (less, low), (more, high) = found(few), found(few + 8)
+    many = few + 8
+    (less, low), (more, high) = found(few), found(many)
     numbers = own_numbers(EvolveFlags(strategy=name), start)
-    held = memory.held(name, 20, numbers) - memory.held(name, 12, numbers)
+    held = memory.held(name, many, numbers) - memory.held(name, few, numbers)
     assert held <= high - low
     if name not in ("mezo", "eggroll", "genetic"):  # keys; a scale for each matrix; what it asks is its state
-        assert more - less <= held + 8 * 2 * 8  # fitness beside it
+        assert more - less <= held + (many - few) * 2 * 8  # fitness beside it
 
 
 @pytest.mark.parametrize("name", ["cma-es", "sep-cma-es"])
@@ -161,6 +162,18 @@ def test_trainings_that_memory_does_not_hold_are_refused_with_what_it_holds(monk
     for name in ("pbt", "pso"):
         with pytest.raises(UsageError, match=f"{name} trains .* a smaller --batch_size or --block_size needs less"):
             evolve_memory.trainings_at_once(dataclasses.replace(flags, strategy=name), model, 1)
+
+
+def test_a_batch_of_which_memory_holds_no_member_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = weights(ModelConfig(**SHAPE), 0)
+    model = folder.Model(params, ModelConfig(**SHAPE), None)
+    space = spaces.full(tree.select(params, "*norm*"))
+    evolution = evolve_search.Evolution(model, space, None, "", None, "", "model")
+    flags = EvolveFlags(space="full", strategy="openai-es", dtype="float32", device="cpu", batch_size=1000)
+    each = memory.member_bytes(model.config, 64_000, own_numbers(flags, space.start) * 4, torch.float32)
+    monkeypatch.setattr(memory, "free_memory", lambda device: each // 2)
+    with pytest.raises(UsageError, match=r"--batch_size 1000: a member takes .* reads 64000 tokens, .* needs less"):
+        evolve_memory.chunk_of(flags, evolution, 64_000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -188,6 +188,18 @@ def test_a_score_that_is_edited_is_another(
     assert files.read_json(at / "run" / "improve.json")["since"] == 1
 
 
+def test_where_memory_is_at_its_end_what_needs_less_is_said(
+    at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def greedy(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(improve, "_rounds", greedy)
+    assert improved(at / "run") == 1
+    said = capsys.readouterr().err
+    assert said == "error: out of memory with --at_once 120 and --batch_size 8; smaller ones need less\n"
+
+
 def test_the_models_own_likelihood_and_an_adapter(at: Path) -> None:
     assert improved(at / "run", "--score", "likelihood", "--lora_rank", "4", "--rounds", "1", "--least", "-0.5") == 0
     (entry,) = rounds(at / "run")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from functional_lm import files
 from functional_lm.errors import DataError
-from functional_lm.text.interface import TOKENIZERS_FILE, Table, byte_count, save_model
+from functional_lm.text.interface import TOKENIZERS_FILE, Table, byte_count, save_model, utf8
 
 # What cuts a text and takes nothing away.
 CUTTING = ("ByteLevel", "Split", "Digits", "Punctuation")
@@ -180,7 +180,7 @@ def _table(
         if fallback and name in BYTE_NAMES:
             table[number] = bytes([BYTE_NAMES[name]])
         elif name in added or fallback:
-            table[number] = name.encode("utf-8")
+            table[number] = utf8(name)
         elif all(letter in letters for letter in name):
             table[number] = bytes([letters[letter] for letter in name])
         else:
