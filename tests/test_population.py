@@ -68,7 +68,7 @@ def rows(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["genetic", "openai-es", "eggroll", "regenerated"])
 @pytest.mark.parametrize("where", ["full", "lora", "part"])
 @given(config=configs(), seed=SEEDS, chunk=st.integers(1, 6), with_kernels=st.booleans())
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_a_population_is_the_loop_over_its_members(
     kind: str, where: str, config: ModelConfig, seed: int, chunk: int, with_kernels: bool
 ) -> None:
