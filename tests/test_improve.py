@@ -235,7 +235,7 @@ def test_the_first_of_the_best_is_kept() -> None:
         (["--score", "sum_scores:fails"], "the fitness sum_scores:fails raised ValueError: on purpose"),
         (["--max_tokens", "15"], "exceed the model's max_len 16"),
         (["--val_fraction", "0.001"], "--val_fraction 0.001 of 36 rows is none: nothing decides"),
-        (["--samples", "0"], "--samples is 0; it has to be at least 1"),
+        (["--samples", "0"], "--samples is 0; it has to be between 1 and 1000000"),
         (["--out", "model"], "--out model is the --model, which stays as it is"),
         (["--out", "other"], "other holds something else; choose another --out"),
         (["--model", "nowhere"], "no model folder at nowhere"),

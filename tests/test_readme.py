@@ -59,6 +59,7 @@ def test_examples_of_evolution_name_what_is_there_by_then(tmp_path: Path, monkey
     made, models = {"stdlib"}, {"runs/train", "runs/books"}  # of `make train`; the other's text is named beside it
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "scores", raising=False)  # another test's
     printed = re.findall(r"^    \d+ \w+ in (\S+\.jsonl)(?:, \d+ in (\S+))?$", README, re.MULTILINE)
     rows = {name for names in printed for name in names if name}
     asked = 0
@@ -84,6 +85,7 @@ def test_examples_of_evolution_name_what_is_there_by_then(tmp_path: Path, monkey
                     assert len(answers.named(name)(["some words", ""], [{"prompt": "def f():\n"}] * 2)) == 2
         models |= set(given(command, "out"))
     assert asked > 12
+    del sys.modules["scores"]
 
 
 # What a fault of an evolution, or of rounds, says: pieces of the package's own sentences.
