@@ -61,8 +61,9 @@ def machine(options: EvolveFlags) -> dict[str, Any]:
 
 
 def asks_for_kernels(options: EvolveFlags) -> bool:
-    """Whether members have adapters or low-rank noise of their own, computed where there is a kernel for them."""
-    low_rank = options.space == "lora" or options.strategy == "eggroll"
+    """Whether members have adapters or low-rank noise of their own, of a rank and where there is a kernel for them."""
+    several = options.rank > 1 or options.adapter is not None
+    low_rank = several and (options.space == "lora" or options.strategy == "eggroll")
     return low_rank and options.compile and options.device == "cpu" and options.dtype in ("float32", "bfloat16")
 
 

@@ -222,10 +222,10 @@ def members(
 ) -> tuple[Tensor, Tensor, tree.Tree]:
     """x [P, M, in], y [P, M, out] and adapters [P, ...] under the kernel's names."""
     count, rows, inputs, outputs, rank = sizes
-    own = {"lora_A": normal(seed + 2, count, rank, inputs), "lora_B": normal(seed + 3, count, outputs, rank)}
-    noise = {"a": {**tree.cast(own, factors), "lora_scale": normal(seed + 4, count)}}
+    own = {"thin_A": normal(seed + 2, count, rank, inputs), "thin_B": normal(seed + 3, count, outputs, rank)}
+    noise = {**tree.cast(own, factors), "lora_scale": normal(seed + 4, count)}
     x, y = normal(seed, count, rows, inputs).to(kind), normal(seed + 1, count, rows, outputs).to(kind)
-    return x, y, torch.vmap(layout.thin)(noise)["a"]
+    return x, y, noise
 
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 70), st.integers(1, 40), st.integers(1, 9))
@@ -270,6 +270,16 @@ def test_a_members_noise_says_the_same_bits_in_any_company(sizes, kind, factors,
     assert torch.equal(shared[0], together[0])
     alone = [kernels.low_rank(x[0], y[0], tree.index(params, member)) for member in range(len(x))]
     assert torch.equal(shared, torch.stack(alone))
+
+
+def test_adapters_of_one_rank_and_with_magnitudes_keep_their_names():
+    params = init(CONFIG, keys.key(0))
+    for rank, dora, served in ((1, False, False), (2, False, True), (2, True, False)):
+        adapter = lora.init(params, ["q_proj"], rank, keys.key(1), dora=dora)
+        before, after = tree.flatten(adapter), tree.flatten(layout.thin(adapter))
+        path = next(name.removesuffix(".lora_A") for name in before if name.endswith("q_proj.lora_A"))
+        assert (f"{path}.thin_A" in after) == served == (f"{path}.lora_A" not in after)
+        assert len(before) == len(after)
 
 
 def test_a_compiled_product_and_its_noise_are_the_eager_ones():

@@ -68,9 +68,12 @@ def laid_out(params: Tree) -> Tree:
 
 
 def thin(params: Tree) -> Tree:
-    """The tree with its adapters under the names of `low_rank`; not those with magnitudes, which ask for the sum."""
+    """The tree with its adapters under the names of `low_rank`.
+
+    Not those with magnitudes, which ask for the sum; nor of rank 1, whose product the compiler makes where it is read.
+    """
     flat = tree.flatten(params)
-    paths = {name.rpartition(".")[0] for name in flat if name.endswith(".lora_A")}
+    paths = {name.rpartition(".")[0] for name, leaf in flat.items() if name.endswith(".lora_A") and leaf.shape[-2] > 1}
     served = {path for path in paths if f"{path}.lora_B" in flat and f"{path}.lora_magnitude" not in flat}
     names = {f"{path}.{old}": f"{path}.{new}" for path in served for old, new in zip(("lora_A", "lora_B"), THIN)}
     return tree.unflatten({names.get(name, name): leaf for name, leaf in flat.items()})
