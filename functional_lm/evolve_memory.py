@@ -16,7 +16,6 @@ from functional_lm.evolve_strategies import own_numbers
 if TYPE_CHECKING:
     from functional_lm.folder import Model
     from functional_lm.model.account import TrainingMemory
-    from functional_lm.model.config import ModelConfig
 
 
 def chunk_of(options: EvolveFlags, evolution: Evolution, tokens: int) -> int:
@@ -88,7 +87,7 @@ def trainings_at_once(options: EvolveFlags, model: Model, ranks: int) -> int:
     if options.chunk_size != "auto":
         return int(options.chunk_size)
     largest = max(
-        (training(options, config) for config in grid_of(options, model.config).able.values()),
+        (training_room.step_memory(options, config) for config in grid_of(options, model.config).able.values()),
         key=lambda one: one.total,
     )
     free = memory.free_memory(torch.device(options.device))
@@ -108,21 +107,6 @@ def trainings_at_once(options: EvolveFlags, model: Model, ranks: int) -> int:
         return options.population
     room = int(memory.SHARE * free) // largest.total
     return max(1, min(room, -(-options.population // ranks)))
-
-
-def training(options: EvolveFlags, config: ModelConfig) -> TrainingMemory:
-    """What a step of one member takes, by an estimate."""
-    from functional_lm.model import account
-
-    return account.training_memory(
-        config,
-        options.batch_size,
-        options.block_size or config.max_len,
-        account.WIDTHS[options.dtype],
-        training_room.MOMENTS[options.optimizer],
-        device=options.device,
-        compiled=options.compile,
-    )
 
 
 def pbt_bytes(one: TrainingMemory) -> int:

@@ -9,6 +9,7 @@ from functional_lm.errors import UsageError
 from functional_lm.training_flags import TrainingFlags
 
 if TYPE_CHECKING:
+    from functional_lm.evolve_flags import EvolveFlags
     from functional_lm.model.account import TrainingMemory
     from functional_lm.model.config import ModelConfig
 
@@ -18,8 +19,10 @@ SURE = 0.8  # of the estimate: no step was measured to take less
 FROZEN = 0.5  # of the activations beside an adapter, which keeps fewer of them; not measured
 
 
-def memory_of(flags: TrainingFlags, config: ModelConfig) -> TrainingMemory:
-    """What a step of one model takes, by an estimate."""
+def step_memory(
+    flags: TrainingFlags | EvolveFlags, config: ModelConfig, averages: int = 0, microbatches: int = 1
+) -> TrainingMemory:
+    """What a step of one model takes, by an estimate; `averages` are copies of the parameters beside the moments."""
     from functional_lm.model import account
 
     return account.training_memory(
@@ -27,11 +30,16 @@ def memory_of(flags: TrainingFlags, config: ModelConfig) -> TrainingMemory:
         flags.batch_size,
         flags.block_size or config.max_len,
         account.WIDTHS[flags.dtype],
-        MOMENTS[flags.optimizer] + (flags.ema_decay > 0),
-        microbatches=flags.gradient_accumulation_steps,
+        MOMENTS[flags.optimizer] + averages,
+        microbatches=microbatches,
         device=flags.device,
         compiled=flags.compile,
     )
+
+
+def memory_of(flags: TrainingFlags, config: ModelConfig) -> TrainingMemory:
+    """That of a training by its flags."""
+    return step_memory(flags, config, int(flags.ema_decay > 0), flags.gradient_accumulation_steps)
 
 
 def check(

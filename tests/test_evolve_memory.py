@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from strategies import token_rows, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_lm import evolve_memory, evolve_search, evolve_trained, folder, keys, tree
+from functional_lm import evolve_memory, evolve_search, evolve_trained, folder, keys, training_room, tree
 from functional_lm.errors import UsageError
 from functional_lm.evolution import eggroll, fitness, genetic, gradient, hyper, memory, openai, restarts, spaces
 from functional_lm.evolve_flags import EvolveFlags
@@ -147,13 +147,13 @@ def test_members_that_train_on_hold_more_than_is_said() -> None:
         return live.most
 
     measured = (most(6) - most(4)) / 2
-    assert 0.4 < evolve_memory.pbt_bytes(evolve_memory.training(options, config)) / measured < 1
+    assert 0.4 < evolve_memory.pbt_bytes(training_room.step_memory(options, config)) / measured < 1
 
 
 def test_trainings_that_memory_does_not_hold_are_refused_with_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     model = folder.Model(weights(ModelConfig(**SHAPE), 0), ModelConfig(**SHAPE), None)
     flags = EvolveFlags(space="hyper", strategy="pbt", dtype="float32", device="cpu", population=64)
-    each = evolve_memory.pbt_bytes(evolve_memory.training(flags, model.config))
+    each = evolve_memory.pbt_bytes(training_room.step_memory(flags, model.config))
     monkeypatch.setattr(memory, "free_memory", lambda device: 7 * each)
     with pytest.raises(UsageError, match=r"--population 64: pbt trains 64 at once, .* free; --population 7 fits$"):
         evolve_memory.trainings_at_once(flags, model, 1)
