@@ -5,13 +5,15 @@
 For each P x B x T and rank: tokens/s of one vmapped call over P members with noise of that rank on every matrix of
 every layer, on embedding, output and norms, stored (an adapter for each member) and regenerated (drawn inside the
 forward), divided by those of one forward of P B rows without noise; and the loop over members. All read the same
-rows and give the loss of each member (the plain forward that of each group of B rows). `--memory` runs 1,024 rank-1
-members and the plain forward each in a process of its own, and compares their peaks.
+rows and give the loss of each member (the plain forward that of each group of B rows). Members are computed as many at
+once as `evolve` computes, if `--chunk` says nothing else. `--memory` runs 1,024 rank-1 members and the plain forward
+each in a process of its own, and compares their peaks.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import statistics
 import subprocess
@@ -26,7 +28,7 @@ from torch import Tensor
 from functional_lm import compile as compiling
 from functional_lm import console, kernels, keys, tree
 from functional_lm.compile import compiled
-from functional_lm.evolution import eggroll, fitness, gradient, population, spaces
+from functional_lm.evolution import eggroll, fitness, gradient, memory, population, spaces
 from functional_lm.model import transformer
 from functional_lm.model.compute import compute_copy
 from functional_lm.model.config import ModelConfig
@@ -61,9 +63,9 @@ def plain(config: ModelConfig, params: Tree, members: int, batch: dict[str, Tens
 
 
 def side(
-    config: ModelConfig, params: Tree, members: int, batch: dict[str, Tensor], rank: int, noise: str, chunk: int | None
+    config: ModelConfig, params: Tree, members: int, batch: dict[str, Tensor], rank: int, noise: str, chunk: int
 ) -> Callable[[], Tensor]:
-    """One vmapped evaluation of a generation that has been asked, as a function without arguments."""
+    """The evaluation of a generation that has been asked, vmapped, as a function without arguments."""
     dtype = compiling.resolve_dtype("auto", torch.device("cpu"))
     space = spaces.full(params)
     strategy = eggroll.eggroll(gradient.Settings(members, noise=noise), rank, wrap=compiled)
@@ -75,6 +77,15 @@ def side(
     parts = list(population.chunks(candidates.own, members, population.share(members, chunk)))
     frozen, shared = prepared
     return lambda: torch.cat([measure(frozen, make(frozen, shared, own), batch) for own in parts])
+
+
+def at_once(config: ModelConfig, members: int, batch: dict[str, Tensor], given: argparse.Namespace) -> int:
+    """Members of a call: by the flag, or as `evolve` chooses them."""
+    if given.chunk:
+        return min(int(given.chunk), members)
+    tokens, dtype = batch["tokens"].numel(), compiling.resolve_dtype("auto", torch.device("cpu"))
+    each = memory.member_bytes(config, tokens, 0, dtype)
+    return memory.automatic_chunk(members, each, tokens, memory.free_memory(torch.device("cpu")))
 
 
 def timed(once: Callable[[], Any], seconds: float) -> list[float]:
@@ -91,7 +102,7 @@ def compare(name: str, case: str, rank: int, given: argparse.Namespace) -> None:
     config = SHAPES[name]
     members, rows, length = (int(part) for part in case.split("x"))
     params, batch = transformer.init(config, keys.key(0)), inputs(config, rows, length)
-    chunk = given.chunk or None
+    chunk = at_once(config, members, batch, given)
     with torch.no_grad():
         single = side(config, params, 2, batch, rank, "stored", 1)
         sides: dict[str, Callable[[], Any]] = {
@@ -109,41 +120,44 @@ def compare(name: str, case: str, rank: int, given: argparse.Namespace) -> None:
     middle = {what: statistics.median(found) for what, found in times.items()}
     rate = console.count(members * rows * length / middle["plain"])
     print(
-        f"| {name} | {case} | {rank} | {1e3 * middle['plain']:.0f} ms, {rate} | "
+        f"| {name} | {case} | {chunk} | {rank} | {1e3 * middle['plain']:.0f} ms, {rate} | "
         f"**{middle['plain'] / middle['stored']:.2f}** | **{middle['plain'] / middle['regenerated']:.2f}** | "
-        f"{middle['loop'] / middle['stored']:.1f} |",
+        f"{middle['loop'] / middle['stored']:.2f} |",
         flush=True,
     )
 
 
-def peak(name: str, what: str, case: str, chunk: int) -> None:
+def peak(name: str, what: str, case: str, given: argparse.Namespace) -> None:
     """Run one side and print this process's peak memory beyond what it had before, MiB."""
     config = SHAPES[name]
     members, rows, length = (int(part) for part in case.split("x"))
     params, batch = transformer.init(config, keys.key(0)), inputs(config, rows, length)
-    with torch.no_grad():
-        small = plain(config, params, 2, batch) if what == "plain" else side(config, params, 2, batch, 1, what, 2)
-        small()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        once = (
+
+    def once(members: int, chunk: int) -> None:
+        run = (
             plain(config, params, members, batch)
             if what == "plain"
-            else side(config, params, members, batch, 1, what, chunk or None)
+            else side(config, params, members, batch, 1, what, chunk)
         )
-        once()
+        run()
+
+    with torch.no_grad():
+        once(2, 2)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        once(members, at_once(config, members, batch, given))
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def memory(name: str, case: str, chunk: int) -> None:
-    found = {}
-    for what in ("plain", "stored", "regenerated"):
+def peaks(name: str, case: str, given: argparse.Namespace) -> None:
+    members = int(case.split("x")[0])
+    print(f"{case} members x rows x tokens, rank 1; peaks beyond a small call\n")
+    print("| | at once | MiB | of the plain forward's |\n|---|---|---|---|")
+    whole = 0.0
+    for what, chunk in (("plain", members), *itertools.product(("stored", "regenerated"), (0, members))):
         command = [sys.executable, __file__, "--peak", what, "--shapes", name, "--cases", case, "--chunk", str(chunk)]
-        found[what] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(
-        f"\n{case} members x rows x tokens, rank 1, beyond a small call: plain {found['plain']:.0f} MiB, "
-        f"stored {found['stored']:.0f} ({found['stored'] / found['plain']:.2f}), "
-        f"regenerated {found['regenerated']:.0f} ({found['regenerated'] / found['plain']:.2f})"
-    )
+        found = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        whole = whole or found
+        print(f"| {what} | {chunk or 'as evolve'} | {found:.0f} | {found / whole:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -153,22 +167,22 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,4")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a side in a round")
-    parser.add_argument("--chunk", type=int, default=0, help="members of a call; 0: all")
+    parser.add_argument("--chunk", type=int, default=0, help="members of a call; 0: as evolve")
     parser.add_argument("--memory", action="store_true", help="peaks of 1,024 rank-1 members")
     parser.add_argument("--peak", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
-        peak(given.shapes, given.peak, given.cases, given.chunk)
+        peak(given.shapes, given.peak, given.cases, given)
         return
     if given.memory:
-        memory(given.shapes, given.cases or "1024x1x64", given.chunk)
+        peaks(given.shapes, given.cases or "1024x1x64", given)
         return
     dtype = str(compiling.resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     print(
         f"{dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}; ratios of tokens/s to the plain one\n"
     )
-    print("| shape | P x B x T | rank | plain forward | stored | regenerated | times the loop |")
-    print("|---|---|---|---|---|---|---|")
+    print("| shape | P x B x T | at once | rank | plain forward | stored | regenerated | times the loop |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in given.shapes.split(","):
         for case in (given.cases or CASES[name]).split(","):
             for rank in given.ranks.split(","):

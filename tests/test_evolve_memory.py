@@ -50,9 +50,9 @@ def test_automatic_chunks_fit_and_are_even(members: int, each: int, tokens: int,
     assert count * size - members < count  # nothing smaller does with as many chunks
 
 
-def test_only_on_a_cpu_are_more_tokens_no_faster() -> None:
+def test_only_on_a_cpu_are_more_tokens_slower() -> None:
     chunks = {device: memory.automatic_chunk(4096, 1, 1024, 1 << 40, device) for device in ("cpu", "cuda")}
-    assert chunks == {"cpu": 16, "cuda": 4096}
+    assert chunks == {"cpu": 4, "cuda": 4096}
 
 
 # What a member takes --------------------------------------------------------------------------------------------------

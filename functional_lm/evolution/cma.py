@@ -114,7 +114,7 @@ def _updated(
 ) -> Distribution:
     """Equations 39-47, of members with weights `w`: `z` standard normal, `turned(at, z)` = C^½ z."""
     size, positive = z.shape[1], w.clamp(min=0)
-    white = positive @ z
+    white = vector.weighed(positive, z)
     step = turned(at, white)
     whitened = white if separable else at.basis @ white  # C^-½ step
     mean = at.mean + at.sigma * step
@@ -130,7 +130,7 @@ def _updated(
     missing = known.c_1 * (1 - on) * known.c_c * (2 - known.c_c)
     kept = 1 + missing - known.c_1 - known.c_mu * w.sum()
     if separable:
-        spread = at.covariance * (w @ z.square())
+        spread = at.covariance * vector.weighed(w, z.square())
         covariance = kept * at.covariance + known.c_1 * path.square() + known.c_mu * spread
         return Distribution(mean, sigma, covariance, covariance.sqrt(), at.basis, path, step_path, count)
     # A negative weight is scaled by the length of its z, so that C stays positive definite (equation 46).

@@ -14,7 +14,7 @@ import torch
 from functional_lm.model import account
 from functional_lm.model.config import ModelConfig
 
-TOKENS_AT_ONCE = 16384  # more in one chunk is no faster on a CPU, and takes memory
+TOKENS_AT_ONCE = 4096  # more in one chunk is slower on a CPU (its cache holds less of them), and takes memory
 SHARE = 0.5  # of the free memory that a chunk may take
 UNKNOWN = 2 << 30  # bytes, where the system does not tell
 # Limit, use, and in `memory.stat` the part of the use that is given back when somebody needs it.

@@ -39,8 +39,8 @@ def snes(population: int, sigma: float, dtype: torch.dtype = torch.float32, wrap
 
         def update(at: Separable, z: Tensor, places: Int[Tensor, "P"]) -> Separable:
             u = utilities(len(places), dtype, z.device).flip(0)[places]
-            mean = at.mean + at.sigma * (u @ z)
-            return Separable(mean, at.sigma * torch.exp(rate / 2 * (u @ (z.square() - 1))))
+            mean = at.mean + at.sigma * vector.weighed(u, z)
+            return Separable(mean, at.sigma * torch.exp(rate / 2 * vector.weighed(u, z.square() - 1)))
 
         return Search(
             lambda mean: Separable(mean, torch.full_like(mean, sigma)),

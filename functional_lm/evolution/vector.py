@@ -141,3 +141,11 @@ def drawn_of(members: Int[Tensor, "Q 2"], like: Tree, dtype: torch.dtype) -> Flo
 def places(known: Float[Tensor, "P"]) -> Int[Tensor, "P"]:
     """The place of each member: 0 for the best one; of equals the first stays in front."""
     return known.argsort(descending=True, stable=True).argsort()
+
+
+def weighed(weights: Float[Tensor, "P"], rows: Float[Tensor, "P D"]) -> Float[Tensor, "D"]:
+    """The sum of rows by weights.
+
+    Not a product, for which the compiler would first hold all of the rows; a sum draws them where it adds them.
+    """
+    return (weights[:, None] * rows).sum(0)
