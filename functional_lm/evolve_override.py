@@ -13,8 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import evolve_flags, run_folder
-from functional_lm import evolve_surroundings as surroundings
+from functional_lm import evolve_flags, run_folder, surroundings
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_search import Evolution

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, evolve_flags, evolve_override, files, training_flags
+from functional_lm import console, evolve_flags, evolve_override, files, surroundings, training_flags
 from functional_lm import evolve_start as start
-from functional_lm import evolve_surroundings as surroundings
 from functional_lm.evolution import ranks
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_result import usual_choice

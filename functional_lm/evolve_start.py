@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, evolve_flags, evolve_override, files, run_folder
-from functional_lm import evolve_surroundings as surroundings
+from functional_lm import console, evolve_flags, evolve_override, files, run_folder, surroundings
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_memory import chunk_of, trainings_at_once

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from functional_lm import evolve_flags
-from functional_lm import evolve_surroundings as surroundings
+from functional_lm import evolve_flags, surroundings
 from functional_lm.errors import DataError, UsageError
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.evolve_search import Evolution, key_of

@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_lm import console, files, run_folder, training_flags
-from functional_lm import evolve_surroundings as surroundings
+from functional_lm import console, files, run_folder, surroundings, training_flags
 from functional_lm.cli import Command, main_single
 from functional_lm.errors import DataError, FunctionalLMError, UsageError
 from functional_lm.improve_asking import Asker, asker_of

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from evolutions import at, evolved, there
 
-from functional_lm import evolve_flags, evolve_surroundings
+from functional_lm import evolve_flags, surroundings
 from functional_lm.evolution import journal as journals
 
 __all__ = ["at", "there"]  # fixtures
@@ -215,7 +215,7 @@ def test_a_function_that_was_changed_makes_another_run(
     assert scored("len(text)") == 0
     assert scored("-len(text)", "--generations", "2") == 2
     assert "holds another run (fairness:score has changed); --override goes on all the same" in capsys.readouterr().err
-    monkeypatch.setattr(evolve_surroundings, "processor", lambda options: "abacus")
+    monkeypatch.setattr(surroundings, "processor", lambda options: "abacus")
     assert scored("len(text)", "--generations", "2") == 0
     assert ", now abacus: the last bits of its numbers may differ" in capsys.readouterr().out
 
