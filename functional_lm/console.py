@@ -78,6 +78,13 @@ def size(number: float) -> str:
     return f"{number:.0f} B"
 
 
+def moment(seconds: float) -> str:
+    """0.1434 as `143 ms`, 2.44 as `2.44 s`; a minute and more as a duration."""
+    if seconds < 0.9995:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 59.95 else duration(seconds)
+
+
 def duration(seconds: float) -> str:
     """75 as `1 min 15 s`."""
     minutes, rest = divmod(round(seconds), 60)

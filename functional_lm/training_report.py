@@ -71,7 +71,7 @@ def needs(flags: TrainingFlags, job: trainer.Job) -> str:
         return said
     seconds = operations / (EFFICIENCY * _operations_per_second(flags, job.config, tokens))
     whole = f", some {console.duration(seconds * flags.steps)} in all" if flags.steps else ""
-    return f"{said}, about {1e3 * seconds:.3g} ms{whole} after compiling"
+    return f"{said}, about {console.moment(seconds)}{whole} after compiling"
 
 
 def _operations_per_second(flags: TrainingFlags, config: ModelConfig, tokens: int) -> float:

@@ -38,6 +38,21 @@ def test_durations(seconds: float, text: str) -> None:
     assert console.duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0000123, "0.0123 ms"),
+        (0.1434, "143 ms"),
+        (0.9996, "1 s"),
+        (2.44, "2.44 s"),
+        (59.9, "59.9 s"),
+        (59.96, "1 min 0 s"),
+    ],
+)
+def test_moments(seconds: float, text: str) -> None:
+    assert console.moment(seconds) == text
+
+
 def test_an_announcement_is_there_before_the_work_and_its_time_behind_it() -> None:
     file = io.StringIO()
     with console.announced("working", file=file) as clock:
