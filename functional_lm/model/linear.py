@@ -63,9 +63,14 @@ def precision(params: Tree) -> torch.dtype:
 def adapted(params: Sequence[Tree], products: Sequence[Tensor], x: Float[Tensor, "... in"]) -> list[Tensor]:
     """Products of one input, each with what the adapter leaves of its part add.
 
-    Where several parts have an adapter of the plain kind, the input is read once: (x [A1 A2 ...]ᵀ), then each B.
+    Where several parts have an adapter of the plain kind, the input is read once: (x [A1 A2 ...]ᵀ), then each B. At
+    rank 1 each is a sum, and those the compiler makes in one loop by itself.
     """
-    plain = [part for part in params if part.keys() & {"lora_A", "lora_index", "lora_key"} == {"lora_A"}]
+    plain = [
+        part
+        for part in params
+        if part.keys() & {"lora_A", "lora_index", "lora_key"} == {"lora_A"} and part["lora_A"].shape[-2] > 1
+    ]
     if len(plain) < 2:
         return [changed(part, y, x) for part, y in zip(params, products, strict=True)]
     together = F.linear(x, torch.cat([part["lora_A"].to(x.dtype) for part in plain]))
