@@ -110,8 +110,6 @@ def _check_trained(flags: EvolveFlags) -> None:
     searching = SEARCHING if flags.space == "architecture" else ("pbt", *SEARCHING)
     if flags.strategy not in searching:
         raise UsageError(f"--space {flags.space} is searched by {', '.join(searching)}, not by {flags.strategy}")
-    if flags.fitness not in MEASURED:
-        raise UsageError(f"--space {flags.space} is measured by {', '.join(MEASURED)}, not by {flags.fitness}")
     if flags.strategy == "pbt" and flags.chunk_size != "auto":
         raise UsageError("--strategy pbt trains all members at once; leave --chunk_size out")
     for name in SCHEDULE if flags.strategy == "pbt" else ():

@@ -81,6 +81,7 @@ def _trained(
         return
     from functional_lm.text import corpus
 
+    options = dataclasses.replace(options, fitness="loss")  # nothing is scored again, and the function may be gone
     with tempfile.TemporaryDirectory() as place:
 
         def divide(tokens: int) -> Share:
