@@ -21,6 +21,17 @@ from functional_lm.evolve_flags import (
 from functional_lm.sampling_settings import USUAL
 
 TRAINED = ("tuned", "steps", *SCHEDULE, "spread", "exploit", "perturb", "resample", "fresh")
+# Flags that are read by these strategies alone.
+OWN = {
+    **dict.fromkeys(("elites", "tournament", "pressure"), ("genetic",)),
+    **dict.fromkeys(("crossover", "crossover_rate", "mutation", "mutation_rate", "strength"), ("genetic", "nsga2")),
+    **dict.fromkeys(("de_base", "de_weight", "de_crossover"), ("differential-evolution",)),
+    **dict.fromkeys(("inertia", "cognitive", "social"), ("pso",)),
+    **dict.fromkeys(("bins", "ranges", "line"), ("map-elites",)),
+    **dict.fromkeys(("spread", "exploit", "perturb", "resample"), ("pbt",)),
+}
+# Numbers of training that these optimizers alone read.
+OPTIMIZING = {"beta1": ("adamw", "muon", "lion", "sgd"), "beta2": ("adamw", "muon", "lion"), "momentum": ("muon",)}
 REPLAYED = ("action", "journal", "out", "model", "data", "device", "rank_timeout")  # flags of replay
 
 
@@ -42,16 +53,12 @@ def check(flags: EvolveFlags) -> None:
             raise UsageError(f"--{name} is required")
     _check_merge(flags)
     _check_decode(flags)
-    paired = flags.strategy == "mezo" or (flags.strategy in ESTIMATING and flags.antithetic)
-    if flags.population < 2 or (paired and flags.population % 2):
-        what = "odd; antithetic pairs need an even one, or --antithetic false" if flags.population > 1 else "too small"
-        raise UsageError(f"--population {flags.population} is {what}")
-    if flags.strategy == "genetic" and flags.elites >= flags.population:
-        raise UsageError(f"--elites {flags.elites} leave no room in a --population of {flags.population}")
-    if flags.strategy == "differential-evolution" and flags.population < 4:
-        raise UsageError(f"--population {flags.population} is too small; a trial needs 3 members besides its own")
+    _check_population(flags)
     if flags.space != "lora" and flags.adapter is not None:
         raise UsageError(f"--adapter is evolved in --space lora, not in {flags.space}")
+    for name in ("alpha", "targets") if flags.adapter is not None else ():
+        if getattr(flags, name) != getattr(EvolveFlags, name):
+            raise UsageError(f"--{name} is what the adapter in {flags.adapter} has; leave it out, or --adapter")
     if flags.space != "full" and flags.leaves != ("*",):
         other = {"lora": "--targets", "merge": "--groups"}.get(flags.space, "none")
         raise UsageError(f"--leaves chooses in --space full; {flags.space} has {other}")
@@ -65,6 +72,27 @@ def check(flags: EvolveFlags) -> None:
     if flags.chunk_size != "auto" and not (flags.chunk_size.isdecimal() and int(flags.chunk_size) > 0):
         raise UsageError(f"--chunk_size is {flags.chunk_size!r}; it is auto or a whole number above 0")
     _check_figures(flags)
+    for name, strategies in OWN.items():
+        if flags.strategy not in strategies and getattr(flags, name) != getattr(EvolveFlags, name):
+            raise UsageError(f"--{name} is of --strategy {' and '.join(strategies)}; {flags.strategy} has none")
+
+
+def _check_population(flags: EvolveFlags) -> None:
+    """Of members as many as the strategy needs, and of evaluations at least a generation."""
+    if flags.population < 2:
+        raise UsageError(f"--population {flags.population} is too small; give at least 2")
+    if flags.population % 2 and (flags.strategy == "mezo" or (flags.strategy in ESTIMATING and flags.antithetic)):
+        other = "" if flags.strategy == "mezo" else ", or --antithetic false"
+        raise UsageError(f"--population {flags.population} is odd; antithetic pairs need an even one{other}")
+    if flags.strategy == "genetic" and flags.elites >= flags.population:
+        raise UsageError(f"--elites {flags.elites} leave no room in a --population of {flags.population}")
+    if flags.strategy == "differential-evolution" and flags.population < 4:
+        raise UsageError(f"--population {flags.population} is too small; a trial needs 3 members besides its own")
+    if flags.evaluations is not None and flags.evaluations < flags.population:
+        raise UsageError(
+            f"--evaluations {flags.evaluations} are less than one generation's; give at least the --population, "
+            f"{flags.population}, or a smaller one"
+        )
 
 
 def _check_merge(flags: EvolveFlags) -> None:
@@ -110,15 +138,18 @@ def _check_trained(flags: EvolveFlags) -> None:
     searching = SEARCHING if flags.space == "architecture" else ("pbt", *SEARCHING)
     if flags.strategy not in searching:
         raise UsageError(f"--space {flags.space} is searched by {', '.join(searching)}, not by {flags.strategy}")
-    if flags.fitness not in MEASURED:
-        raise UsageError(f"--space {flags.space} is measured by {', '.join(MEASURED)}, not by {flags.fitness}")
     if flags.strategy == "pbt" and flags.chunk_size != "auto":
         raise UsageError("--strategy pbt trains all members at once; leave --chunk_size out")
     for name in SCHEDULE if flags.strategy == "pbt" else ():
         if name in flags.tuned or getattr(flags, name) != getattr(EvolveFlags, name):
             raise UsageError(f"--{name} is of a schedule over --steps; pbt, which goes on after them, finds its own: "
                              "tune learning_rate")  # fmt: skip
+    if len(set(flags.tuned)) < len(flags.tuned):
+        raise UsageError(f"--tuned is {','.join(flags.tuned)}; name each number once")
     for name in flags.tuned:
+        if flags.optimizer not in OPTIMIZING.get(name, (flags.optimizer,)):
+            raise UsageError(f"--tuned {name} changes nothing of --optimizer {flags.optimizer}; it is a number of "
+                             f"{', '.join(OPTIMIZING[name])}")  # fmt: skip
         if getattr(flags, name) == 0:
             raise UsageError(f"--tuned {name} is searched by factors, and begins at 0; give --{name} another")
     if flags.space == "architecture":
@@ -139,11 +170,13 @@ def _check_choices(flags: EvolveFlags) -> None:
 
 
 def _check_figures(flags: EvolveFlags) -> None:
-    objectives = flags.fitness.split(",")
+    objectives = tuple(flags.fitness.split(","))
     for flag, names in (("fitness", objectives), ("descriptor", flags.descriptor)):
         for name in names:
             if name not in (*MEASURED, "exact") and ":" not in name:
                 raise UsageError(f"--{flag} is {name!r}; it is {', '.join(MEASURED)}, exact or module:function")
+            if names.count(name) > 1:
+                raise UsageError(f"--{flag} names {name} {names.count(name)} times; once says all")
     if (flags.strategy == "nsga2") != (len(objectives) > 1):
         what = "needs several" if flags.strategy == "nsga2" else "takes one"
         raise UsageError(f"{flags.strategy} {what} --fitness, and {flags.fitness!r} names {len(objectives)}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from functional_lm.evolution import hyper
     from functional_lm.evolution.journal import Journal
-    from functional_lm.evolution.strategy import Strategy
+    from functional_lm.evolution.strategy import Candidates, Strategy
     from functional_lm.evolve_task import Divide, Source, Task
     from functional_lm.folder import Model
     from functional_lm.tree import Tree
@@ -83,26 +83,17 @@ def schedule(
 
 
 def task_of(options: EvolveFlags, evolution: Evolution, source: Source, divide: Divide) -> Task:
-    """Train on from generation to generation, and measure on the first half of what is held out; the end is measured
-    on the other half."""
-    import torch
-
+    """Train on from generation to generation, and measure; all members at once."""
+    from functional_lm import evolve_held
     from functional_lm.compile import compiled
-    from functional_lm.evolution import hyper, population, spaces, task
-    from functional_lm.evolution.strategy import Candidates, unmoved
-    from functional_lm.evolve_task import Task, alone_on
+    from functional_lm.evolution import hyper
+    from functional_lm.evolve_task import Task
 
-    half = max(1, len(source.held) // 2)
-    objective, dtype = task.objective_of(options.fitness, evolution.model), getattr(torch, options.dtype)
-    part, space = divide(source.tokens * options.steps), spaces.full(evolution.model.params)
-
-    def wrap(donate: bool) -> Callable[..., Any]:
-        return lambda function: compiled(function, donate=donate, enabled=options.compile)
-
-    evaluate = population.evaluator(
-        unmoved(options.population), space, objective, dtype, None, wrap(donate=False), part
+    model, part = evolution.model, divide(source.tokens * options.steps)
+    decided = evolve_held.deciding(options, model, source, options.population)
+    train = hyper.steps_of(
+        functions(options, model.config), lambda step: compiled(step, donate=True, enabled=options.compile)
     )
-    train = hyper.steps_of(functions(options, evolution.model.config), wrap(donate=True))
 
     def advance(state: Any, number: int) -> Any:
         return state._replace(states=train(state.states, source.batch, number * options.steps, options.steps))
@@ -111,7 +102,7 @@ def task_of(options: EvolveFlags, evolution: Evolution, source: Source, divide: 
         return {name: state.states.numbers[name].tolist() for name in options.tuned}
 
     def measure(candidates: Candidates, number: int) -> Tensor:
-        return torch.stack([evaluate(candidates, batch) for batch in source.held[:half]]).mean(0)
+        return decided(candidates.own)
 
-    held_out = alone_on(options, evolution._replace(space=space), source.held[half:])
-    return Task(measure, held_out, source.tokens * options.steps, part, source.digest, advance, describe)
+    judged = evolve_held.judging(options, model, source)
+    return Task(measure, judged, source.tokens * options.steps, part, source.digest, advance, describe)

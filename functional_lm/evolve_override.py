@@ -27,6 +27,7 @@ MEASURED_ON = (
     "data", "batch_size", "batches", "block_size", "val_fraction", "max_tokens", "temperature", "stop", "chat", "dtype",
     "compile",
 )  # fmt: skip
+SAYS = {"flags": dict, "digest": str, "chunk": int, "versions": dict}  # what a journal has of each run
 ESTIMATE = ("sigma", "learning_rate", "weight_decay", "beta1", "beta2", "momentum", "grad_clip")
 BREEDING = (
     "elites", "tournament", "pressure", "crossover", "crossover_rate", "mutation", "mutation_rate", "strength",
@@ -81,6 +82,18 @@ def obstacle(name: str, options: EvolveFlags) -> str | None:
         return None
     other = "members are trained and measured with it" if trains else f"{options.strategy} reads it once or not"
     return next((why for why, names in WHY.items() if name in names), other)
+
+
+def journal_of(path: str | Path) -> Journal:
+    """The journal of a run of `evolve`. Raises DataError, for one that does not say what the run was too."""
+    from functional_lm.evolution import journal as journals
+
+    journal = journals.read(path)
+    for header in journal.headers:
+        for name, kind in SAYS.items():
+            if not isinstance(header.get(name), kind):
+                raise DataError(f"{path} has no {name!r} in its line of settings; evolve did not write it")
+    return journal
 
 
 def flags_of(header: Mapping[str, Any], what: str) -> EvolveFlags:

@@ -27,10 +27,9 @@ def replay(options: EvolveFlags) -> int:
     """The weights that a journal describes, from the base alone (and the data, where members train). Nothing is
     measured."""
     from functional_lm import tree
-    from functional_lm.evolution import journal as journals
     from functional_lm.evolution import loop
 
-    journal = journals.read(str(options.journal))
+    journal = evolve_override.journal_of(str(options.journal))
     flags = evolve_override.flags_of(journal.header, f"{journal.path}")
     given: dict[str, Any] = {name: getattr(options, name) for name in ("model", "data") if getattr(options, name)}
     began = dataclasses.replace(flags, **given, device=flags.device if options.device == "auto" else options.device)
@@ -80,6 +79,7 @@ def _trained(
         return
     from functional_lm.text import corpus
 
+    options = dataclasses.replace(options, fitness="loss")  # nothing is scored again, and the function may be gone
     with tempfile.TemporaryDirectory() as place:
 
         def divide(tokens: int) -> Share:

@@ -54,7 +54,7 @@ def _journal(options: EvolveFlags, out: Path) -> Journal | None:
         return None
     if options.resume == "never" or not path.exists():
         raise UsageError(f"{out} already holds a run; choose another --out, or --overwrite it")
-    journal = journals.read(path)
+    journal = evolve_override.journal_of(path)
     if not (journal.generations or journal.end):
         return None  # nothing was measured: it may begin as another one
     if journal.cut:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_lm import evolve_flags, surroundings
 from functional_lm.errors import DataError, UsageError
+from functional_lm.evolve_asked import Asked, asked_of, questions_of
 from functional_lm.evolve_flags import EvolveFlags
-from functional_lm.evolve_search import Evolution, key_of
+from functional_lm.evolve_search import Evolution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +58,10 @@ class Source(NamedTuple):
     """Text, or the responses in rows, as batches."""
 
     batch: Callable[[int], Any]
-    held: list[Any]
+    held: list[Any]  # batches of what is not trained on
     tokens: int  # of a batch
     digest: str
+    asked: Asked | None = None  # what is held out is answered: then it is lists of rows
 
 
 Divide = Callable[[int], "Share"]  # given the tokens of a member
@@ -75,12 +77,12 @@ def task_of(options: EvolveFlags, evolution: Evolution, found: Corpus, out: Path
     if answered and not rows:
         raise DataError(f"--fitness {answered[0]} scores answers; --data {options.data} has no rows of prompt "
                         "and response")  # fmt: skip
+    if options.space in evolve_flags.TRAINING:
+        return _trained(options, evolution, _source(options, evolution.model, found, out, rows, answered), divide)
     first = [_answered(options, evolution, found, answered, divide)] if answered else []
     if not read:
         return _in_turns(options, first[0])
     source = _source(options, evolution.model, found, out, rows)
-    if options.space in evolve_flags.TRAINING:
-        return _trained(options, evolution, source, divide)
     alike = (lambda tokens: first[0].share) if first else divide
     tasks = [*first, _read(options, evolution, source, read, alike)]
     return _in_turns(options, tasks[0] if len(tasks) == 1 else _together(tasks, [answered, read], names))
@@ -122,7 +124,10 @@ def _together(tasks: list[Task], groups: list[tuple[str, ...]], names: tuple[str
     return first._replace(measure=measure, tokens=sum(one.tokens for one in tasks))
 
 
-def _source(options: EvolveFlags, model: Model, found: Corpus, out: Path, rows: bool) -> Source:
+def _source(
+    options: EvolveFlags, model: Model, found: Corpus, out: Path, rows: bool, answered: tuple[str, ...] = ()
+) -> Source:
+    """Batches of a text or of rows; those held out are to be answered where figures of answers are named."""
     import torch
 
     from functional_lm.evolution import task
@@ -135,17 +140,21 @@ def _source(options: EvolveFlags, model: Model, found: Corpus, out: Path, rows: 
             raise UsageError(f"--block_size {width} is longer than the model's max_len {model.config.max_len}")
         text = task.text(found, model, out, options.val_fraction, size, width, options.seed, device)
         return Source(text.batch, text.held_out(count), size * width, text.digest)
-    asked = task.questions(found, model, options.val_fraction, options.seed, options.chat, 1)
+    scored = asked_of(options, model, found, answered) if answered else None
+    asked = scored.rows if scored else questions_of(options, model, found, 1)
     width = task.longest(asked, model.tokenizer)
 
-    def batch(number: int) -> Any:
-        return task.read(asked, task.drawn(asked, number, size, options.seed), model.tokenizer, width, device)
+    def read(chosen: Sequence[Any]) -> Any:
+        return task.read(asked, chosen, model.tokenizer, width, device)
 
-    held = [
-        task.read(asked, asked.validation[at : at + size], model.tokenizer, width, device)
-        for at in range(0, len(asked.validation), size)
-    ][:count]
-    return Source(batch, held, size * width, asked.digest)
+    held = [asked.validation[at : at + size] for at in range(0, len(asked.validation), size)][:count]
+    return Source(
+        lambda number: read(task.drawn(asked, number, size, options.seed)),
+        held if scored else [read(part) for part in held],
+        size * width,
+        asked.digest,
+        scored,
+    )
 
 
 def _read(options: EvolveFlags, evolution: Evolution, source: Source, names: tuple[str, ...], divide: Divide) -> Task:
@@ -169,34 +178,39 @@ def _read(options: EvolveFlags, evolution: Evolution, source: Source, names: tup
     )
     return Task(
         lambda candidates, number: evaluate(candidates, source.batch(number)),
-        alone_on(options, evolution, source.held),
+        _alone(options, evolution, source.held),
         source.tokens,
         part,
         source.digest,
     )
 
 
-def alone_on(options: EvolveFlags, evolution: Evolution, held: Sequence[Any]) -> Callable[[Tree], float]:
-    """The mean fitness of one tree over these batches; NaN without any."""
+def alone_on(options: EvolveFlags, model: Model, held: Sequence[Any]) -> Callable[[Tree], float]:
+    """The mean fitness of one model's parameters over these batches; NaN without any."""
     import torch
 
     from functional_lm.compile import compiled
     from functional_lm.evolution import task
     from functional_lm.model.compute import compute_copy
 
-    objective = task.objective_of(next(filter(_is_read, evolve_flags.figures(options))), evolution.model)
+    objective = task.objective_of(next(filter(_is_read, evolve_flags.figures(options))), model)
     dtype = getattr(torch, options.dtype)
     alone = compiled(
         lambda params, batch: objective(compute_copy(params, dtype), batch),
         enabled=options.compile and options.eval_every > 0,
     )
 
-    def held_out(leaves: Tree) -> float:
-        whole = evolution.space.whole(evolution.space.base, leaves)
+    def mean(params: Tree) -> float:
         with torch.no_grad():
-            return task.mean([alone(whole, one) for one in held])
+            return task.mean([alone(params, one) for one in held])
 
-    return held_out
+    return mean
+
+
+def _alone(options: EvolveFlags, evolution: Evolution, held: Sequence[Any]) -> Callable[[Tree], float]:
+    """The same of evolved leaves."""
+    mean = alone_on(options, evolution.model, held)
+    return lambda leaves: mean(evolution.space.whole(evolution.space.base, leaves))
 
 
 def _answered(
@@ -206,47 +220,32 @@ def _answered(
     import torch
 
     from functional_lm import keys, tree
-    from functional_lm.evolution import answers, task
+    from functional_lm.evolution import task
     from functional_lm.evolution.strategy import Candidates, unmoved
 
-    model, device = evolution.model, torch.device(options.device)
-    scores, dtype = {name: answers.named(name) for name in names}, getattr(torch, options.dtype)
-    asked = task.questions(found, model, options.val_fraction, options.seed, options.chat, options.max_tokens)
-    tokens = options.batch_size * (asked.length + options.max_tokens)
-    part = divide(tokens)
-    with_kernels = surroundings.with_kernels(options)
-    how = answers.Answering(
-        options.max_tokens, asked.stops, options.temperature, part.size, options.compile, part, with_kernels
+    model, device, dtype = evolution.model, torch.device(options.device), getattr(torch, options.dtype)
+    questions, how, draws, score = asked_of(options, model, found, names)
+    tokens = options.batch_size * (questions.length + options.max_tokens)
+    part, answerer = divide(tokens), _answerer(options)
+    together = dataclasses.replace(
+        how, chunk=part.size, compile=options.compile, part=part, with_kernels=surroundings.with_kernels(options)
     )
-    answerer = _answerer(options)
-    answer = answerer(evolution.strategy, evolution.space, model.config, how, dtype)
-    draws = keys.fold_in_name(key_of(options), "answers")
-
-    def scored(found: Tensor, rows: list[Any]) -> Tensor:
-        members = answers.texts(found, model.tokenizer, asked.stops, options.stop)
-
-        def columns() -> list[Tensor]:
-            return [answers.scored(members, rows, score, name) for name, score in scores.items()]
-
-        made = answers.limited(options.timeout, f"the fitness {','.join(names)} of a generation", columns)
-        return torch.stack(made, 1) if len(made) > 1 else made[0]
+    answer = answerer(evolution.strategy, evolution.space, model.config, together, dtype)
 
     def measure(candidates: Candidates, number: int) -> Tensor:
-        rows = task.drawn(asked, number, options.batch_size, options.seed)
-        return scored(answer(candidates, task.prompts(asked, rows, device), keys.fold_in(draws, number)), rows)
+        rows = task.drawn(questions, number, options.batch_size, options.seed)
+        return score(answer(candidates, task.prompts(questions, rows, device), keys.fold_in(draws, number)), rows)
 
-    single = unmoved()
-    eager = dataclasses.replace(how, compile=False, chunk=None, part=None, with_kernels=False)
-    alone = answerer(single, evolution.space, model.config, eager, dtype)
+    alone = answerer(unmoved(), evolution.space, model.config, how, dtype)
 
     def held_out(leaves: Tree) -> float:
-        rows = asked.validation[: options.eval_batches * options.batch_size]
+        rows = questions.validation[: options.eval_batches * options.batch_size]
         if not rows:
             return float("nan")
         one = Candidates({}, {}, tree.map(lambda leaf: leaf[None], leaves))
-        return float(scored(alone(one, task.prompts(asked, rows, device), draws), rows).view(-1)[0])
+        return float(score(alone(one, task.prompts(questions, rows, device), draws), rows).view(-1)[0])
 
-    return Task(measure, held_out, tokens, part, asked.digest)
+    return Task(measure, held_out, tokens, part, questions.digest)
 
 
 def _is_read(name: str) -> bool:

@@ -150,13 +150,12 @@ def task_of(options: EvolveFlags, evolution: Evolution, source: Source, length: 
     """Train, then measure. `held_out` trains what it is given, and measures on the other half of what is held out."""
     import torch
 
-    from functional_lm import keys, tree
-    from functional_lm.evolution import hyper, spaces, trainings
-    from functional_lm.evolve_task import Task, alone_on
+    from functional_lm import evolve_held, keys, tree
+    from functional_lm.evolution import hyper, trainings
+    from functional_lm.evolve_task import Task
     from functional_lm.model import transformer
 
     model, search = evolution.model, search_of(options, evolution.model)
-    half = max(1, len(source.held) // 2)
     part = divide(source.tokens * options.steps)
     key = keys.fold_in_name(key_of(options), "training")
     sizes = {config: account.parameters(config) for config in search.grid.able.values()}
@@ -175,9 +174,7 @@ def task_of(options: EvolveFlags, evolution: Evolution, source: Source, length: 
             if len(benches) >= GRAPHS:
                 benches.clear()
                 _forget(options)
-            benches[place, size] = _bench(
-                options, model._replace(config=search.grid.able[place]), size, source.held[:half]
-            )
+            benches[place, size] = _bench(options, model._replace(config=search.grid.able[place]), size, source)
         return benches[place, size]
 
     def trained(place: Place, rows: Tree, size: int) -> Tree:
@@ -229,8 +226,7 @@ def task_of(options: EvolveFlags, evolution: Evolution, source: Source, length: 
 
     def held_out(leaves: Tree) -> float:
         made = whole(leaves)
-        its = evolution._replace(model=model._replace(config=made.config), space=spaces.full(made.params))
-        return alone_on(options, its, source.held[half:])(made.params)
+        return evolve_held.judging(options, model._replace(config=made.config), source)(made.params)
 
     return Task(
         measure,
@@ -244,27 +240,16 @@ def task_of(options: EvolveFlags, evolution: Evolution, source: Source, length: 
     )
 
 
-def _bench(options: EvolveFlags, model: Model, size: int, held: list[Any]) -> Bench:
-    import torch
-
+def _bench(options: EvolveFlags, model: Model, size: int, source: Source) -> Bench:
+    from functional_lm import evolve_held
     from functional_lm.compile import compiled
-    from functional_lm.evolution import hyper, population, spaces, task
-    from functional_lm.evolution.strategy import Candidates, unmoved
-    from functional_lm.model.transformer import abstract
+    from functional_lm.evolution import hyper
 
-    def wrap(donate: bool) -> Callable[..., Any]:
-        return lambda function: compiled(function, donate=donate, enabled=options.compile)
-
-    train = hyper.steps_of(functions(options, model.config, options.steps), wrap(donate=True))
-    space, objective = spaces.full(abstract(model.config)), task.objective_of(options.fitness, model)
-    evaluate = population.evaluator(
-        unmoved(size), space, objective, getattr(torch, options.dtype), None, wrap(donate=False)
+    train = hyper.steps_of(
+        functions(options, model.config, options.steps),
+        lambda step: compiled(step, donate=True, enabled=options.compile),
     )
-
-    def measure(params: Tree) -> Tensor:
-        return torch.stack([evaluate(Candidates({}, {}, params), batch) for batch in held]).mean(0)
-
-    return Bench(train, measure)
+    return Bench(train, evolve_held.deciding(options, model, source, size))
 
 
 def _forget(options: EvolveFlags) -> None:

@@ -144,7 +144,7 @@ def test_a_state_survives_the_disk(tmp_path: object) -> None:
     [
         (Grid((4,), (0.0, 0.0), (1.0, 1.0)), "a grid has bins and a range for each number of a descriptor"),
         (Grid((0, 4), (0.0, 0.0), (1.0, 1.0)), "0x4 bins are no grid of 1 to"),
-        (Grid((4,), (1.0,), (1.0,)), "the range 1:1 is empty; give LOW:HIGH"),
+        (Grid((4,), (1.0,), (1.0,)), "the range 1:1 is empty or has no end; give LOW:HIGH"),
     ],
 )
 def test_what_is_no_grid_is_refused(grid: Grid, message: str) -> None:

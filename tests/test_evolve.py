@@ -42,6 +42,10 @@ KINDS = {
         *["--space", "hyper", "--strategy", "pso", "--sigma", "0.5", "--steps", "2", "--val_fraction", "0.3"],
         *["--tuned", "learning_rate,final_rate,bend", "--warmup", "0.5", "--fresh", "--chunk_size", "3"],
     ],
+    "numbers of training by what they answer": [
+        *["--space", "hyper", "--strategy", "snes", "--sigma", "0.5", "--steps", "2", "--val_fraction", "0.5"],
+        *["--data", "rows.jsonl", "--fitness", "scores:letters", "--max_tokens", "4", "--temperature", "1"],
+    ],
     "architectures by cma-es": [
         *["--space", "architecture", "--strategy", "cma-es", "--sigma", "0.8", "--steps", "2", "--val_fraction", "0.3"],
         *["--choices", "n_layers=1:2,d_model=8:12:16,n_heads=2:3:4,norm=rmsnorm:layernorm", "--equal_compute"],
@@ -98,9 +102,10 @@ def test_resumed_replayed_and_uninterrupted_are_one(kind: str, at: Path, capsys:
     assert "going on with" in capsys.readouterr().out
     assert weights_of(at / "whole") == weights_of(at / "parts")
     assert call("replay", at / "parts" / "journal.jsonl", "--out", at / "again") == 0
-    again = "4 generations trained again on text.txt" if "pbt" in flags else "4 generations told again"
+    data = flags[flags.index("--data") + 1] if "--data" in flags else "text.txt"
+    again = f"4 generations trained again on {data}" if "pbt" in flags else "4 generations told again"
     if "--steps" in flags and "pbt" not in flags:
-        again += ", the one that is kept trained again on text.txt"
+        again += f", the one that is kept trained again on {data}"
     said = capsys.readouterr().out
     assert f"{again}, nothing measured; the weights are those of the run, bit for bit" in said
     assert weights_of(at / "again") == weights_of(at / "whole")

@@ -50,7 +50,7 @@ def test_a_run_to_replace_is_there_until_the_new_one_has_measured(
                 evolved(at / "run", "--overwrite", "--sigma", "0.5", data="rows.jsonl")
         assert evolved(at / "run", "--resume", "never", data="rows.jsonl") == 2
     assert contents(at / "run") == before
-    for generations, more in ((1, []), (0, ["--evaluations", "1"])):
+    for generations, more in ((1, []), (0, ["--minutes", "1e-9"])):
         assert evolved(at / "run", "--overwrite", "--generations", "1", *more, data="rows.jsonl") == 0
         assert not (at / "run" / run_folder.REPLACED).exists()
         assert len(journals.read(at / "run" / "journal.jsonl").generations) == generations

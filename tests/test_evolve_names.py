@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from functional_lm import evolve_flags, evolve_spaces, evolve_strategies, keys, merge, sampling_settings
+from functional_lm import (
+    evolve_checks,
+    evolve_flags,
+    evolve_spaces,
+    evolve_strategies,
+    keys,
+    merge,
+    sampling_settings,
+    tree,
+)
 from functional_lm.evolution import decoding, differential, fitness, genetic, gradient, hyper, restarts, shaping
 from functional_lm.evolve_flags import EvolveFlags
 from functional_lm.flags import describe
@@ -89,6 +98,69 @@ def test_kinds_of_strategies_are_those_of_their_states() -> None:
     assert kept | {"pbt"} == set(evolve_flags.KEEPING)
     again = {name: fields_of(EvolveFlags(strategy=name, population=4, restarts="ipop")) for name in distributions}
     assert {name for name, its in again.items() if "run" in its} == set(evolve_flags.RESTARTING)
+
+
+OTHERWISE: Mapping[str, Any] = {
+    "elites": 1, "tournament": 1, "pressure": 0.1, "crossover": "arithmetic", "crossover_rate": 0.1,
+    "mutation": "tensor", "mutation_rate": 0.9, "strength": 5.0, "de_base": "best", "de_weight": 1.5,
+    "de_crossover": 0.1, "inertia": 0.1, "cognitive": 0.1, "social": 0.1, "bins": "2", "ranges": ("0:3",), "line": 0.5,
+    "spread": 2.0, "exploit": 0.5, "perturb": 2.0, "resample": 1.0,
+}  # fmt: skip
+
+
+def told(strategy: str, **changes: Any) -> str:
+    """What some generations come to."""
+    given = {"strategy": strategy, "population": 8, "sigma": 0.3, **NEEDED.get(strategy, {}), **changes}
+    start = {"w": keys.normal(keys.key(1), (3, 2), torch.float32)}
+    made = evolve_strategies.strategy_of(EvolveFlags(**given), start)
+    state = made.init(keys.key(0), start)
+    for generation in range(2):
+        figures = keys.uniform(keys.key(generation), (8, made.figures), torch.float32)
+        state = made.tell(state, figures if made.figures > 1 else figures[:, 0])
+    return tree.digest(made.ask(state))
+
+
+@pytest.mark.parametrize("strategy", sorted(evolve_strategies.STRATEGIES))
+def test_a_flag_of_some_strategies_changes_those_alone(strategy: str) -> None:
+    """(pbt is made of a model and a step; another test has what it reads.)"""
+    assert OTHERWISE.keys() == evolve_checks.OWN.keys()
+    usual, own = told(strategy), {name for name, its in evolve_checks.OWN.items() if strategy in its}
+    needed = NEEDED.get(strategy, {})
+    changed = {
+        name
+        for name, value in OTHERWISE.items()
+        if (name in own or name not in needed) and told(strategy, **{name: value}) != usual
+    }
+    assert changed == own
+
+
+@pytest.mark.parametrize("name", sorted(optimizer.OPTIMIZERS))
+def test_a_number_of_some_optimizers_changes_those_alone(name: str) -> None:
+    """Some steps, of a matrix inside a layer and a vector."""
+    chosen = optimizer.optimizer(name)
+
+    def stepped(**changes: float) -> str:
+        params: Any = {
+            "model": {"layers": {"0": {"up_proj": {"weight": torch.eye(4)}}}, "norm": {"weight": torch.ones(4)}}
+        }
+        numbers = {
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "momentum": 0.9,
+            "learning_rate": 0.1,
+            "weight_decay": 0.0,
+            "grad_clip": 0.0,
+        }
+        state = chosen.init(params)
+        for step in range(8):
+            gradients = tree.map(lambda leaf, step=step: keys.normal(keys.key(step), leaf.shape, torch.float32), params)
+            now = {key: torch.tensor(value) for key, value in {**numbers, **changes, "step": step}.items()}
+            updates, state = chosen.update(gradients, state, params, now)
+            params = tree.map(torch.add, params, updates)
+        return tree.digest((params, state))
+
+    for number, its in evolve_checks.OPTIMIZING.items():
+        assert (stepped(**{number: 0.5}) != stepped()) == (name in its), number
 
 
 def fields_of(options: EvolveFlags) -> set[str]:

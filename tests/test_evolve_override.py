@@ -91,7 +91,7 @@ REFUSED = {
     "--rank": ([], "3", "(it is what is evolved)"),
     "--fitness": ([], "bits", "(what was measured would not compare)"),
     "--optimizer": ([], "sgd", "(the state is made for it)"),
-    "--elites": ([], "1", "(eggroll reads it once or not)"),
+    "--sigma": (["--strategy", "pso"], "0.5", "(pso reads it once or not)"),
     "--batch_size": ([*TRAINED, "--strategy", "pso"], "3", "(members are trained and measured with it)"),
 }
 

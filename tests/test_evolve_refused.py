@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evolutions import at, evolved, there
+from evolutions import at, call, evolved, there
 
-from functional_lm import evolve_flags, surroundings
+from functional_lm import evolve_flags, evolve_override, surroundings
 from functional_lm.evolution import journal as journals
 
 __all__ = ["at", "there"]  # fixtures
@@ -34,7 +34,60 @@ def test_a_function_that_fails_on_the_way_loses_nothing(at: Path, capsys: pytest
 REFUSED = {
     "odd": (["--population", "5"], "--population 5 is odd; antithetic pairs need an even one"),
     "nobody": (["--population", "0"], "--population is 0; it has to be between 1 and 1000000"),
-    "alone": (["--population", "1"], "--population 1 is too small"),
+    "alone": (["--population", "1"], "--population 1 is too small; give at least 2"),
+    "odd, of pairs always": (
+        ["--strategy", "mezo", "--population", "5"],
+        "--population 5 is odd; antithetic pairs need an even one\n",
+    ),
+    "less than a generation": (
+        ["--evaluations", "3"],
+        "--evaluations 3 are less than one generation's; give at least the --population, 4, or a smaller one",
+    ),
+    "another's flag": (["--tournament", "5"], "--tournament is of --strategy genetic; eggroll has none"),
+    "another's flag, of two": (
+        ["--strategy", "pso", "--mutation_rate", "0.5"],
+        "--mutation_rate is of --strategy genetic and nsga2; pso has none",
+    ),
+    "ranges of nothing": (["--ranges", "0:1"], "--ranges is of --strategy map-elites; eggroll has none"),
+    "explored by a swarm": (
+        ["--space", "hyper", "--strategy", "pso", "--perturb", "2"],
+        "--perturb is of --strategy pbt; pso has none",
+    ),
+    "an adapter's own targets": (["--adapter", "x", "--targets", "q_proj"], "--targets is what the adapter in x has"),
+    "an objective twice": (["--strategy", "nsga2", "--fitness", "loss,loss"], "--fitness names loss 2 times"),
+    "a descriptor twice": (
+        ["--strategy", "map-elites", "--descriptor", "bits,bits", "--bins", "2x2", "--ranges", "0:1,0:1"],
+        "--descriptor names bits 2 times",
+    ),
+    "tuned twice": (
+        ["--space", "hyper", "--strategy", "pbt", "--tuned", "learning_rate,learning_rate"],
+        "--tuned is learning_rate,learning_rate; name each number once",
+    ),
+    "tuned for nothing": (
+        ["--space", "hyper", "--strategy", "pbt", "--tuned", "momentum"],
+        "--tuned momentum changes nothing of --optimizer adamw; it is a number of muon",
+    ),
+    "answers of trained members": (
+        [
+            "--space",
+            "hyper",
+            "--strategy",
+            "pbt",
+            "--fitness",
+            "scores:fails",
+            "--max_tokens",
+            "4",
+            "--steps",
+            "1",
+            "--val_fraction",
+            "0.5",
+        ],
+        "the fitness scores:fails raised ValueError: on purpose",
+    ),
+    "answers of trained members too long": (
+        ["--space", "hyper", "--strategy", "pbt", "--fitness", "exact", "--max_tokens", "30", "--val_fraction", "0.5"],
+        "exceed the model's max_len 32",
+    ),
     "strategy": (["--strategy", "magic"], "--strategy is 'magic'; it can be genetic, openai-es, eggroll, mezo"),
     "fitness": (["--fitness", "beauty"], "--fitness is 'beauty'; it is loss, bits, accuracy, exact or module:function"),
     "function": (["--fitness", "scores:none", "--max_tokens", "4"], "the fitness 'scores:none' cannot be imported"),
@@ -90,7 +143,11 @@ REFUSED = {
     ),
     "empty range": (
         ["--strategy", "map-elites", "--descriptor", "bits", "--bins", "4", "--ranges", "1:0"],
-        "the range 1:0 is empty",
+        "the range 1:0 is empty or has no end; give LOW:HIGH, two numbers that rise",
+    ),
+    "endless range": (
+        ["--strategy", "map-elites", "--descriptor", "bits", "--bins", "4", "--ranges", "0:inf"],
+        "the range 0:inf is empty or has no end",
     ),
     "restarts": (["--restarts", "ipop"], "--restarts are for cma-es and sep-cma-es; eggroll does not"),
     "chunk": (["--chunk_size", "0"], "--chunk_size is '0'; it is auto or a whole number above 0"),
@@ -161,6 +218,25 @@ def test_what_cannot_be_meant_is_one_line(case: str, at: Path, capsys: pytest.Ca
     assert message in error
     assert error.count("\n") == 1
     assert not (at / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("missing", sorted(evolve_override.SAYS))
+def test_a_journal_that_evolve_did_not_write_is_named(
+    missing: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its lines are whole, and their checks right."""
+    assert evolved(at / "run") == 0
+    written = journals.read(at / "run" / journals.NAME)
+    header = {name: value for name, value in written.header.items() if name not in ("format", "kind", missing)}
+    journal = journals.begin(written.path, header)
+    for entry in written.generations:
+        journal = journals.append(journal, entry)
+    capsys.readouterr()
+    said = f"error: {written.path} has no {missing!r} in its line of settings; evolve did not write it\n"
+    assert call("replay", written.path, "--out", at / "again") == 1
+    assert evolved(at / "run") == 1
+    assert capsys.readouterr().err == 2 * said
+    assert not (at / "again").exists()
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["a"], {"a": "b"}, "\ud800"])

@@ -88,6 +88,32 @@ def test_a_population_is_the_loop_over_its_members(
     assert ((together[:, 2] - alone[:, 2]).abs() <= alone[:, 3] + 1e-6).all()
 
 
+@pytest.mark.parametrize("kind", ["genetic", "openai-es", "eggroll", "regenerated"])
+@given(
+    config=configs(), where=st.sampled_from(["full", "lora", "part"]), seed=SEEDS, chunk=st.integers(1, 3),
+    ranks=st.integers(2, 6), temperature=st.sampled_from([0.0, 1.0]),
+)  # fmt: skip
+@settings(max_examples=4)
+def test_ranks_measure_what_one_process_does_bit_for_bit(
+    kind: str, config: ModelConfig, where: str, seed: int, chunk: int, ranks: int, temperature: float
+) -> None:
+    """What is read and what is answered: each rank whole chunks, end to end the numbers of one alone."""
+    evolved, within, batch = strategy(kind), space(where, config, seed), rows(config, seed)
+    ranks = min(ranks, -(-evolved.population // chunk))
+    candidates = evolved.ask(evolved.init(keys.key(seed), within.start))
+    prompts = answers.padded(batch["tokens"][:, :3].tolist(), 4)
+
+    def measured(part: population.Share) -> tuple[Tensor, Tensor]:
+        read = population.evaluator(evolved, within, fitness.objective("loss", config), part=part)(candidates, batch)
+        how = answers.Answering(4, (), temperature, part.size, part=part)
+        return read, answers.answerer(evolved, within, config, how)(candidates, prompts, keys.key(seed))
+
+    alone = measured(population.share(evolved.population, chunk))
+    parts = [measured(population.share(evolved.population, chunk, rank, ranks)) for rank in range(ranks)]
+    for found, wanted in zip(zip(*parts, strict=True), alone, strict=True):
+        assert torch.equal(torch.cat(found), wanted)
+
+
 def undecided(model: Tree, batch: fitness.Batch, config: ModelConfig) -> Tensor:
     """The share of targets where rounding may choose between the two likeliest tokens."""
     first, second = forward(model, batch["tokens"], fitness.vmappable(config)).topk(2).values.unbind(-1)

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_lm import evolve, tree
-from functional_lm.errors import DataError, UsageError
+from functional_lm.errors import DataError, FunctionalLMError, UsageError
 from functional_lm.evolution import journal as journals
 from functional_lm.evolution import population
+from functional_lm.evolution import ranks as processes
 from functional_lm.evolution.ranks import Group
 
 __all__ = ["at", "there"]  # fixtures
@@ -101,6 +102,36 @@ def test_alone_there_is_nobody_to_wait_for() -> None:
     assert group.in_turn("x", lambda: 3) == 3
     group.check_same({"model": "a"})
     assert group.speaks()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"RANK": "x"},
+            "the environment has RANK=x, which is no whole number below 2147483648; start ranks with torchrun",
+        ),
+        ({"WORLD_SIZE": "-1"}, "the environment has WORLD_SIZE=-1, which is no whole number"),
+        ({"MASTER_PORT": "70000"}, "the environment has MASTER_PORT=70000, which is no whole number below 65536"),
+        ({"RANK": "2"}, "the environment has RANK=2 of WORLD_SIZE=2; ranks are numbered from 0"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "the environment has RANK=0 of WORLD_SIZE=0; ranks are numbered from 0"),
+        ({}, "rank 1 of 2 found no other at 127.0.0.1:1 (MASTER_ADDR:MASTER_PORT) within 1 s; start all of them"),
+    ],
+)
+def test_an_environment_that_names_no_place_among_ranks_is_refused(
+    changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        **changes,
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FunctionalLMError) as error, processes.joined("cpu", 1.0):
+        pass
+    assert str(error.value).startswith(message)
 
 
 class Two(Group):

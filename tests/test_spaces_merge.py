@@ -111,6 +111,7 @@ def test_groups_are_globs_or_layers_and_cover_the_model() -> None:
     assert merging.grouped(params, "*;*.mlp.*") == ("*", "*.mlp.*")
     assert merging.grouped(params, "layers") == ("*", "model.layers.0.*", "model.layers.1.*")
     for words, message in {
+        " ; ": "--groups is empty; it is globs over leaves",
         "*.ffn.*": "'*.ffn.*' matches no leaf",
         "*.mlp.*;*": "'*.mlp.*' keeps no leaf",
         "*norm*;*norm*": "'*norm*' keeps no leaf",

@@ -174,6 +174,6 @@ def check(settings: Settings) -> None:
         raise UsageError(f"{'x'.join(map(str, grid.bins))} bins are no grid of 1 to {CELLS} cells")
     for low, high in zip(grid.low, grid.high):
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise UsageError(f"the range {low:g}:{high:g} is empty; give LOW:HIGH")
+            raise UsageError(f"the range {low:g}:{high:g} is empty or has no end; give LOW:HIGH, two numbers that rise")
     if settings.line < 0:
         raise UsageError(f"the step along a line is {settings.line}; it has to be at least 0")

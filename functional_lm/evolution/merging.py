@@ -120,9 +120,11 @@ def recipe(leaves: Tree, groups: Sequence[str]) -> Recipe:
 def grouped(params: Tree, words: str) -> tuple[str, ...]:
     """The groups that `glob;glob;...` names; `layers` stands for one of each layer. Leaves in none are the first group.
 
-    Raises UsageError for a group that no leaf is in.
+    Raises UsageError for none, and for a group that no leaf is in.
     """
     given = [word.strip() for word in words.split(";") if word.strip()]
+    if not given:
+        raise UsageError("--groups is empty; it is globs over leaves, ; between, or layers; all leaves are '*'")
     names = list(tree.flatten(params))
     layers = list(dict.fromkeys(".".join(name.split(".")[:3]) + ".*" for name in names if ".layers." in f".{name}"))
     found = [group for word in given for group in (layers if word == "layers" else [word])]

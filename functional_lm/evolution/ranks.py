@@ -155,7 +155,15 @@ def joined(device: str, seconds: float) -> Iterator[Group]:
         return
     from torch import distributed
 
-    store, rank, count = next(distributed.rendezvous("env://"))
+    rank, count = _place()
+    try:
+        store = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+    except (RuntimeError, ValueError) as error:  # of every kind of connection
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise Lost(
+            f"rank {rank} of {count} found no other at {where} (MASTER_ADDR:MASTER_PORT) within {seconds:g} s; start "
+            f"all of them with torchrun, or take {', '.join(STARTED)} out of the environment to be alone"
+        ) from error
     group = Group(rank, count, seconds, distributed.PrefixStore("functional_lm", store))
     try:
         backend = "cpu:gloo,cuda:nccl" if _on_gpus(device) else "gloo"
@@ -172,6 +180,21 @@ def joined(device: str, seconds: float) -> Iterator[Group]:
         raise SystemExit(code) from error
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _place() -> tuple[int, int]:
+    """The number of this rank and how many there are, as the environment has them. Raises UsageError."""
+    for name, limit in (("RANK", 2**31), ("WORLD_SIZE", 2**31), ("MASTER_PORT", 2**16)):
+        value = os.environ[name]
+        if not (value.isdecimal() and int(value) < limit):
+            raise UsageError(
+                f"the environment has {name}={value}, which is no whole number below {limit}; start ranks with "
+                f"torchrun, or take {', '.join(STARTED)} out of it to be alone"
+            )
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= count:
+        raise UsageError(f"the environment has RANK={rank} of WORLD_SIZE={count}; ranks are numbered from 0")
+    return rank, count
 
 
 def _on_gpus(device: str) -> bool:
