@@ -125,6 +125,8 @@ def _check_trained(flags: EvolveFlags) -> None:
         _check_choices(flags)
     elif not flags.tuned:
         raise UsageError(f"--tuned is empty; name numbers of training: {', '.join(TUNED)}")
+    if len(set(flags.tuned)) < len(flags.tuned):
+        raise UsageError(f"--tuned is {','.join(flags.tuned)}; name each number once")
 
 
 def _check_choices(flags: EvolveFlags) -> None:
@@ -144,6 +146,8 @@ def _check_figures(flags: EvolveFlags) -> None:
         for name in names:
             if name not in (*MEASURED, "exact") and ":" not in name:
                 raise UsageError(f"--{flag} is {name!r}; it is {', '.join(MEASURED)}, exact or module:function")
+        if len(set(names)) < len(names):
+            raise UsageError(f"--{flag} is {','.join(names)}; name each figure once")
     if (flags.strategy == "nsga2") != (len(objectives) > 1):
         what = "needs several" if flags.strategy == "nsga2" else "takes one"
         raise UsageError(f"{flags.strategy} {what} --fitness, and {flags.fitness!r} names {len(objectives)}")
