@@ -32,6 +32,7 @@ FLAGS = {
     "ema_decay": 0.9, "steps": 30, "warmup_steps": 5, "learning_rate": 0.01, "eval_every": 3, "eval_batches": 2,
     "patience": 1000, "save_every": 3, "keep": 2, "sample_tokens": 4, "val_fraction": 0.2, "spike": 3,
 }  # fmt: skip
+NONE = "no checkpoint yet"
 # Of a finished run; times, rates and the sizes of logs are not the same.
 COMPARED = ("model.safetensors", "config.json", "tokenizer.model", "data/text.bin", "data/text.index", "best")
 SUMMARY = ("val_loss", "val_bits_per_byte", "val_tokens", "tokens", "steps", "skipped", "best_step", "ended")
@@ -126,8 +127,12 @@ def text(path: Path) -> Path:
     return path
 
 
-def soak(kills: int, folder: Path, seed: int = 0, quiet: bool = True, compile: bool = False) -> Soaked:
-    """Kill so often; SystemExit at the first difference. With `compile` all processes run the compiled step."""
+def soak(kills: int, folder: Path, seed: int = 0, quiet: bool = True, compile: bool = False, behind: int = 0) -> Soaked:
+    """Kill so often; SystemExit at the first difference. With `compile` all processes run the compiled step.
+
+    It goes on until `behind` of the kills have left a checkpoint: few of them may all come before the first one, where
+    there is nothing to go on from.
+    """
     draw, started, log = random.Random(seed), time.perf_counter(), folder / "log"
     data = {"data": text(folder / "text.txt"), "compile": str(compile).lower()}
     finished(words(**data, out=folder / "whole"), log)  # the server is up from here on
@@ -136,18 +141,22 @@ def soak(kills: int, folder: Path, seed: int = 0, quiet: bool = True, compile: b
     finished(words(**data, out=folder / "whole"), log)
     longest, expected = time.perf_counter() - begin, facts(folder / "whole")
     done, rounds, resumed = 0, 0, Counter[str]()
-    while done < kills:
+
+    def enough() -> bool:
+        return done >= kills and done - resumed[NONE] >= behind
+
+    while not enough():
         out = folder / f"round-{rounds}"
         while True:
             process = begun(words(**data, out=out), log)
-            process.join(draw.uniform(0, 0.7 * longest) if done < kills else None)
+            process.join(None if enough() else draw.uniform(0, 0.7 * longest))
             if process.exitcode is not None:
                 break
             process.kill()
             process.join()
             done += 1
             there = sorted((out / "checkpoints").glob("step-????????")) if out.exists() else []
-            resumed[there[-1].name if there else "no checkpoint yet"] += 1
+            resumed[there[-1].name if there else NONE] += 1
         rounds += 1
         if process.exitcode != 0:
             raise SystemExit(f"a process ended with {process.exitcode}:\n{log.read_text()[-2000:]}")
@@ -174,4 +183,4 @@ if __name__ == "__main__":
     print(
         f"{result.kills} kills in {result.rounds} runs of {FLAGS['steps']} steps, at {places} different places: no byte"
     )
-    print(f"differs ({result.seconds:.0f} s; {result.resumed['no checkpoint yet']} kills before the first checkpoint)")
+    print(f"differs ({result.seconds:.0f} s; {result.resumed[NONE]} kills before the first checkpoint)")

@@ -240,14 +240,14 @@ def version() -> str:
 def help_text(command: Command, prog: str) -> str:
     """Summary, usage and a table of the flags by group, at most 100 columns wide."""
     flags = flags_of(command)
-    required = [f"--{flag.name} {_type(flag)}" for flag in flags if flag.default is REQUIRED]
+    required = [f"--{flag.typed} {_type(flag)}" for flag in flags if flag.default is REQUIRED]
     places = [f"[{name.upper()}]" for name in command.positional]
     usage = " ".join(["Usage:", prog, *places, *required, "[--flag value ...]"])
     blocks = [textwrap.fill(command.summary, WIDTH), textwrap.fill(usage, WIDTH, subsequent_indent="    ")]
     blocks += [command.details.strip()] if command.details.strip() else []
     groups: dict[str, list[tuple[str, str, str]]] = {}
     for flag in flags:
-        groups.setdefault(flag.heading, []).append((f"--{flag.name} {_type(flag)}", flag.default_text, _meaning(flag)))
+        groups.setdefault(flag.heading, []).append((f"--{flag.typed} {_type(flag)}", flag.default_text, _meaning(flag)))
     groups[COMMON] += ASKED
     rows = [row for group in groups.values() for row in group]
     left = max(len(line) for row in rows for line in _wrap(row[0], 36, "    "))
@@ -264,7 +264,7 @@ def table(command: Command) -> str:
     for flag in flags_of(command):
         if flag is not DEBUG:
             default = flag.default_text if flag.owner or flag.default is REQUIRED else f"`{flag.default_text}`"
-            cells = (f"`--{flag.name} {_type(flag)}`", default, _meaning(flag))
+            cells = (f"`--{flag.typed} {_type(flag)}`", default, _meaning(flag))
             lines.append(" | ".join(("", *(cell.replace("|", "\\|") for cell in cells), "")).strip())
     return "\n".join(lines)
 

@@ -5,6 +5,11 @@ Both print as one line (the value, the limit, the remedy) without a traceback; t
 
 from __future__ import annotations
 
+from typing import Any
+
+KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list",
+         dict: "an object"}  # fmt: skip
+
 
 class FunctionalLMError(Exception):
     """Base of the errors that a command reports in one line."""
@@ -20,3 +25,8 @@ class UsageError(FunctionalLMError):
 
 class DataError(FunctionalLMError):
     """A file or its contents cannot be used (missing, foreign, damaged, inconsistent): exit code 1."""
+
+
+def json_kind(value: Any) -> str:
+    """What a value of a file is, in JSON's words rather than Python's: null, a list, an object, ..."""
+    return KINDS.get(type(value), type(value).__name__)

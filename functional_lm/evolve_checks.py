@@ -175,8 +175,8 @@ def _check_figures(flags: EvolveFlags) -> None:
         for name in names:
             if name not in (*MEASURED, "exact") and ":" not in name:
                 raise UsageError(f"--{flag} is {name!r}; it is {', '.join(MEASURED)}, exact or module:function")
-            if names.count(name) > 1:
-                raise UsageError(f"--{flag} names {name} {names.count(name)} times; once says all")
+        if len(set(names)) < len(names):
+            raise UsageError(f"--{flag} is {','.join(names)}; name each figure once")
     if (flags.strategy == "nsga2") != (len(objectives) > 1):
         what = "needs several" if flags.strategy == "nsga2" else "takes one"
         raise UsageError(f"{flags.strategy} {what} --fitness, and {flags.fitness!r} names {len(objectives)}")

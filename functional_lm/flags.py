@@ -44,8 +44,14 @@ class Flag:
     owner: int = 0
 
     @property
+    def typed(self) -> str:
+        """How it is written, where that is no name of a field (`from`)."""
+        return str(self.about.get("typed", self.name))
+
+    @property
     def spellings(self) -> tuple[str, ...]:
-        return (self.name, *(alias.replace("-", "_") for alias in self.about.get("aliases", ())))
+        others = (self.name, *(alias.replace("-", "_") for alias in self.about.get("aliases", ())))
+        return (self.typed, *(other for other in others if other != self.typed))
 
     @property
     def switch(self) -> bool:
@@ -125,13 +131,13 @@ def parse(flags: Sequence[Flag], argv: Iterable[str], positional: Sequence[str] 
         else:
             flag, text = _named(match, spellings, words)
         if flag.name in given:
-            raise UsageError(f"--{flag.name} is given twice; give it once")
+            raise UsageError(f"--{flag.typed} is given twice; give it once")
         given[flag.name] = convert(flag, text)
     missing = [flag for flag in flags if flag.default is REQUIRED and flag.name not in given]
     if missing:
         meaning = f" ({missing[0].about['help']})" if len(missing) == 1 and "help" in missing[0].about else ""
         verb = "is" if len(missing) == 1 else "are"
-        raise UsageError(f"{', '.join(f'--{flag.name}' for flag in missing)} {verb} required{meaning}")
+        raise UsageError(f"{', '.join(f'--{flag.typed}' for flag in missing)} {verb} required{meaning}")
     return given
 
 
@@ -150,7 +156,7 @@ def _named(match: re.Match[str], spellings: Mapping[str, Flag], words: deque[str
     opposite = spellings.get(key[2:].lstrip("_")) if dashes == "--" and key.startswith("no") else None
     if flag is None and opposite is not None and opposite.switch:
         if text is not None:
-            raise UsageError(f"--{typed} takes no value; write --{opposite.name} true or --{opposite.name} false")
+            raise UsageError(f"--{typed} takes no value; write --{opposite.typed} true or --{opposite.typed} false")
         return opposite, "false"
     if flag is None:
         near = nearest(key, spellings, "--help lists the flags", "--")
@@ -182,7 +188,7 @@ def convert(flag: Flag, text: str) -> Any:
         return _scalar(flag, text)
     parts = _parts(flag.kind, text)
     if flag.count and len(parts) != flag.count:
-        raise UsageError(f"--{flag.name} is {_short(text)!r}; it is {flag.noun}")
+        raise UsageError(f"--{flag.typed} is {_short(text)!r}; it is {flag.noun}")
     return tuple(_scalar(flag, part) for part in parts)
 
 
@@ -209,14 +215,14 @@ def _scalar(flag: Flag, text: str) -> Any:
     if flag.kind is bool:
         value = BOOLEANS.get(text.lower())
         if value is None:
-            raise UsageError(f"--{flag.name} is {shown}; it is {flag.noun}")
+            raise UsageError(f"--{flag.typed} is {shown}; it is {flag.noun}")
     elif flag.kind is not str:
         value = _number(flag, text, shown)
     if flag.name in PLACES and not str(value).strip():
-        raise UsageError(f"--{flag.name} is empty; name a file or folder")
+        raise UsageError(f"--{flag.typed} is empty; name a file or folder")
     if reason := refusal(value, flag.about):
         none = ", none" if flag.optional and "choices" in flag.about else ""
-        raise UsageError(f"--{flag.name} is {shown}; {reason}{none}")
+        raise UsageError(f"--{flag.typed} is {shown}; {reason}{none}")
     return value
 
 
@@ -224,16 +230,16 @@ def _number(flag: Flag, text: str, shown: str) -> int | float:
     try:
         approximate, exact = float(text), Decimal(text)
     except (ValueError, ArithmeticError):
-        raise UsageError(f"--{flag.name} is {_short(text)!r}; it is {flag.noun}") from None
+        raise UsageError(f"--{flag.typed} is {_short(text)!r}; it is {flag.noun}") from None
     if flag.kind is float:
         if not abs(approximate) <= LARGEST:  # NaN is not either
-            raise UsageError(f"--{flag.name} is {shown}; it has to be finite and below 3.4e38")
+            raise UsageError(f"--{flag.typed} is {shown}; it has to be finite and below 3.4e38")
         return approximate
     # Not int(float): 2**53 + 1 has to arrive as itself.
     if not exact.is_finite() or (exact.copy_abs() < 2**63 and exact != exact.to_integral_value()):
-        raise UsageError(f"--{flag.name} is {shown}; it is {flag.noun}")
+        raise UsageError(f"--{flag.typed} is {shown}; it is {flag.noun}")
     if not -(2**63) <= exact < 2**63:
-        raise UsageError(f"--{flag.name} is {shown}; it does not fit 64 bits")
+        raise UsageError(f"--{flag.typed} is {shown}; it does not fit 64 bits")
     return int(exact)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_lm import files, pickles, tree
+from functional_lm import byte_order, files, pickles, tree
 from functional_lm.errors import DataError
 from functional_lm.model import config as model_config
 from functional_lm.model import quantize
@@ -113,30 +113,19 @@ def check(params: Tree, config: ModelConfig, what: str | Path, plan: Plan | None
 
 
 def check_finite(params: Tree, what: str | Path) -> None:
-    """Raise DataError for a number that is none: nothing can be computed from there."""
-    for name, leaf in tree.flatten(params).items():
+    """Raise DataError for a number that is none, or none that a weight could be: nothing can be computed from there."""
+    flat = tree.flatten(params)
+    for name, leaf in flat.items():
         if leaf.is_floating_point() and not leaf.isfinite().all():
             bad = int((~leaf.isfinite()).sum())
-            if _sound(_swapped(leaf)):
-                raise DataError(
-                    f"{what}: {name!r} has the bytes of its numbers in the other order (big-endian; safetensors is "
-                    "little-endian); write it again"
-                )
+            if byte_order.turned(leaf):
+                raise DataError(f"{what}: {name!r} {byte_order.SAID}")
             raise DataError(
                 f"{what}: {name!r} holds NaN or infinite numbers ({bad} of {leaf.numel()}); the model is damaged, or "
                 "its training diverged: take an earlier one"
             )
-
-
-def _swapped(leaf: Tensor) -> Tensor:
-    """Each number with its bytes in the other order."""
-    numbers = leaf.detach().cpu().contiguous().flatten()
-    return numbers.view(torch.uint8).view(-1, leaf.element_size()).flip(1).contiguous().view(leaf.dtype).flatten()
-
-
-def _sound(numbers: Tensor) -> bool:
-    """Whether they may be weights; those whose bytes were turned round have any size at all."""
-    return bool(numbers.isfinite().all()) and float(numbers.abs().max()) < 1e6
+    if byte_order.absurd(leaf for leaf in flat.values() if leaf.ndim == 1):
+        raise DataError(f"{what} {byte_order.SAID}")
 
 
 def save(folder: str | Path, params: Tree, config: ModelConfig, tokenizer: Tokenizer, plan: Plan | None = None) -> None:

@@ -28,9 +28,7 @@ TRANSLATED = ("tokenizer.json", "tokenizer.model")
 class ImportFlags:
     """Flags of `import`."""
 
-    source: str = option(
-        REQUIRED, "Hugging Face folder to read: config.json, safetensors, tokenizer", aliases=("from",)
-    )
+    source: str = option(REQUIRED, "Hugging Face folder to read: config.json, safetensors, tokenizer", typed="from")
     out: str = option(REQUIRED, "model folder to write", aliases=("output_dir",))
 
 

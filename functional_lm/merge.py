@@ -131,6 +131,8 @@ def merge(options: MergeFlags, params: list[Tree], weights: dict[str, tuple[floa
 
 def _weights(options: MergeFlags) -> tuple[float, ...]:
     count = len(options.models)
+    if not count:
+        raise UsageError("--models is empty; name the folders to merge, commas between")
     if options.weights is None:
         return (1.0,) * count if options.method in FROM_BASE else (1 / count,) * count
     return _right(options, options.weights, "--weights")

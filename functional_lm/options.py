@@ -29,12 +29,13 @@ def option(
     aliases: Sequence[str] = (),
     group: str | None = None,
     metavar: str | None = None,
+    typed: str | None = None,
 ) -> Any:
     """A dataclass field with its one-line meaning; `default=REQUIRED` makes it a required flag.
 
     `low` and `high` belong to the range, `above` and `below` do not; limits and `choices` hold for each element of a
     tuple. `aliases` are further spellings of the flag, `group` its heading in the help, `metavar` the word there for
-    its value.
+    its value, `typed` what is written for a field whose name is none that one would type.
     """
     about = {
         "help": help,
@@ -46,6 +47,7 @@ def option(
         "aliases": tuple(aliases),
         "group": group,
         "metavar": metavar,
+        "typed": typed,
     }
     return field(default=default, metadata={name: value for name, value in about.items() if value not in (None, ())})
 

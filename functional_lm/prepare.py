@@ -111,6 +111,8 @@ def _save_tokenizer(made: Tokenizer, out: Path) -> None:
 def run_prepare(options: PrepareFlags) -> int:
     from functional_lm.text import corpus, prepare, storage, tokenizer
 
+    if Path(options.out).name in ("", ".."):
+        raise UsageError(f"--out {options.out} names no dataset; give it a name, such as {Path(options.out) / 'text'}")
     loaded = tokenizer.load(options.tokenizer)
     found = corpus.find(options.data, downloads(options))
     if not options.overwrite and not prepare.is_own(found, options.out, loaded, options.deduplicate):

@@ -207,8 +207,16 @@ def write(report: Report, params: Tree, job: trainer.Job, summary: Mapping[str, 
 
 
 def _plain(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What is not a number is null in JSON."""
-    return {name: None if value != value else value for name, value in summary.items()}
+    """What is not finite is null in JSON, of members too."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(inner) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: plain(value) for name, value in summary.items()}
 
 
 def _say_end(report: Report, job: trainer.Job, likelihood: Likelihood, outcome: Outcome) -> None:

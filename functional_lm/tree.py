@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from functional_lm import files, pickles
-from functional_lm.errors import DataError
+from functional_lm.errors import DataError, json_kind
 
 Tree = dict[str, Any]
 T = TypeVar("T")
@@ -264,9 +264,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Tree:
         raise DataError(f"no file {path}")
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
-            return unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise files.not_safetensors(path, error) from error
+    try:
+        return unflatten(flat)
+    except DataError as error:
+        raise DataError(f"{path}: {error}; write or copy it again") from error
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
@@ -279,7 +283,7 @@ def metadata(path: str | Path) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise files.not_safetensors(path, error) from error
     if not isinstance(found, dict):
-        raise DataError(f"{path} has notes of another kind ({type(found).__name__}); write or copy it again")
+        raise DataError(f"{path} has notes of another kind ({json_kind(found)}); write or copy it again")
     return found
 
 

@@ -218,7 +218,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
         ("{'text': 1}", "not JSON"),
         ('{"text": "cut', "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ('["text"]', "a JSON object was expected, not list"),
+        ('["text"]', "a JSON object was expected, not a list"),
         ('{"body": "x", "id": 1}', r"no field 'text' or field 'content' or .* among \['body', 'id'\]"),
         ('{"text": 3}', "field 'text' is not text"),
         ('{"text": null}', "field 'text' is not text"),

@@ -166,7 +166,7 @@ def test_packed_files_that_are_cut_off_or_damaged_are_named(tmp_path: Path, suff
         ('[{"text": "a"},', "row 2: not JSON"),
         ('[{"text": "a"} {"text": "b"}]', "row 1: not JSON"),
         ('[{"text": "a"}] {}', "something follows"),
-        ('[{"text": "a"}, ["b"]]', "row 2: a JSON object was expected, not list"),
+        ('[{"text": "a"}, ["b"]]', "row 2: a JSON object was expected, not a list"),
         ('[{"text": "a"}, {"body": "b"}]', "row 2: no field 'text'"),
         ("[" * 100_000, "row 1: not JSON"),
         ('[{"text": "\xff', r"byte 11 is not UTF-8"),
@@ -189,12 +189,12 @@ def test_a_mistake_far_from_the_end_is_found_without_reading_on(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"messages": "Hi"}, "it is str, not a list of turns"),
-        ({"messages": [{"role": "user", "content": "a"}, "b"]}, "turn 2 is str, not an object"),
+        ({"messages": "Hi"}, "it is text, not a list of turns"),
+        ({"messages": [{"role": "user", "content": "a"}, "b"]}, "turn 2 is text, not an object"),
         ({"messages": [{"role": "user"}]}, "turn 1 needs texts as 'role' and 'content'"),
         ({"messages": [{"role": "user", "content": None}]}, "turn 1 needs texts"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "turn 1: unknown role 'wizard'; there are system, user"),
-        ({"prompt": "a", "response": None}, "'prompt' with 'response' is not text .it is NoneType"),
+        ({"prompt": "a", "response": None}, "'prompt' with 'response' is not text .it is null"),
         ({"prompt": "a"}, "no field 'text' or .* among"),
     ],
 )

@@ -20,7 +20,9 @@ import soak
 
 
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    assert soak.soak(3, tmp_path, seed=4).kills == 3
+    result = soak.soak(3, tmp_path, seed=4, behind=2)
+    assert result.kills >= 3
+    assert result.kills - result.resumed[soak.NONE] >= 2
 
 
 @pytest.mark.long
@@ -33,7 +35,7 @@ def test_killed_a_hundred_times(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_compiled_it_is_killed_and_ends_with_the_bytes_of_a_compiled_one(tmp_path: Path) -> None:
     """And not with those of eager steps, which round in another order."""
-    assert soak.soak(3, tmp_path, seed=3, compile=True).kills == 3
+    assert soak.soak(3, tmp_path, seed=3, compile=True, behind=1).kills >= 3
     argv = {"data": tmp_path / "text.txt", "compile": "true", "steps": 4, "patience": 0}
     soak.finished(soak.words(**argv, out=tmp_path / "run"), tmp_path / "log")
     cut_back(tmp_path / "run", 3)

@@ -154,9 +154,9 @@ def test_every_form_gives_the_same_turns(tmp_path: Path, row: dict[str, Any], su
         ({"messages": []}, "line 2: the assistant says nothing"),
         ({"messages": "x"}, "line 2: field 'messages' is no conversation"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
-        ({"prompt": 3, "response": "x"}, "'prompt' is int, not text"),
+        ({"prompt": 3, "response": "x"}, "'prompt' is a number, not text"),
         ({"text": "x"}, "line 2: no field 'prompt' with 'response' or field 'messages'"),
-        ([1], "line 2: a JSON object was expected, not list"),
+        ([1], "line 2: a JSON object was expected, not a list"),
     ],
 )
 def test_a_bad_row_is_refused_by_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -184,7 +184,7 @@ def test_a_file_of_text_holds_no_conversations(tmp_path: Path) -> None:
         ({"prompt": "x", "chosen": "a", "rejected": ""}, "turn 2, the assistant's, is empty"),
         ({"prompt": [USER, BOT], "chosen": "a", "rejected": "b"}, "turn 3 is the assistant's where the user's was due"),
         ({"prompt": "x", "chosen": [BOT, USER], "rejected": "b"}, "each answer is one turn"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' is int, not text"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' is a number, not text"),
     ],
 )
 def test_a_bad_preference_is_refused(tmp_path: Path, row: Any, message: str) -> None:

@@ -321,6 +321,15 @@ def test_other_errors_are_not_called_out_of_memory(
     assert "mat1 and mat2" in one_line(capsys)
 
 
+def test_a_population_ends_where_nothing_is_held_out(text: Path, tmp_path: Path) -> None:
+    """Its members' losses are null in JSON, which has no word for what is no number."""
+    out = tmp_path / "run"
+    assert pretrain(**{**QUIET, "steps": 2, "seeds": "3,5", "val_fraction": 0}, data=text, out=out) == 0
+    summary = read(out / "summary.json")
+    assert [summary["val_loss"], *(member["val_loss"] for member in summary["members"])] == [None] * 3
+    assert functional_lm.load(out)
+
+
 def test_a_length_is_resolved_once() -> None:
     flags = training_flags.TrainingFlags()
     assert training_flags.resolve_length(flags, 7.0).steps == 900

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from training_runs import FLAGS, command
 
 from functional_lm import files, folder, tree
@@ -18,6 +19,19 @@ from functional_lm.text import dataset, storage
 TINY = {name: FLAGS[name] for name in ("d_model", "n_layers", "n_heads", "d_ff", "max_len")}
 QUICK = {"compile": "false", "dtype": "float32", "device": "cpu", "steps": 1, "batch_size": 2, "sample_tokens": 0}
 QUICK |= {"warmup_steps": 1, "val_fraction": 0}
+
+
+FOREIGN: tuple[dict[str, object], ...] = (
+    {"model_type": ["llama"]},
+    {"hidden_size": "wide"},
+    {"num_attention_heads": [2]},
+    {"num_key_value_heads": 0},
+    {"rope_scaling": 5},
+    {"rope_scaling": {"rope_type": "llama3", "factor": "x", "low_freq_factor": 1, "high_freq_factor": 4}},
+    {"rope_parameters": {"rope_type": ["default"]}},
+    {"attention_bias": "maybe"},
+    {"model_type": "qwen2", "layer_types": 5},
+)
 
 
 def lines(path: Path, *rows: object) -> None:
@@ -39,6 +53,8 @@ def make(root: Path) -> None:
     assert command("create-config", output=root / "arch.json") == 0
     broken_datasets(root)
     broken_models(root)
+    broken_adapters(root)
+    broken_foreigners(root)
     configurations(root)
 
 
@@ -50,6 +66,7 @@ def texts(root: Path) -> None:
     (root / "blank.txt").write_text(" \n\n\t\n")
     (root / "binary.txt").write_bytes(bytes(range(256)) * 64)
     (root / "latin1.txt").write_bytes("Gr\xfc\xdfe aus K\xf6ln\n".encode("latin-1") * 40)
+    (root / "nul.txt").write_bytes(bytes(4000))
     (root / "short.txt").write_text("short")
     (root / "file").write_text("a file where a folder is needed")
     (root / "folder").mkdir()
@@ -65,6 +82,8 @@ def chats(root: Path) -> None:
     lines(root / "roles.jsonl", {"messages": [{"role": "nobody", "content": "x"}]})
     lines(root / "wordless.jsonl", {"messages": [{"role": "user"}]})
     lines(root / "numbers.jsonl", 1, 2, 3)
+    lines(root / "titles.jsonl", {"title": "a"}, {"title": "b"})
+    lines(root / "null.jsonl", {"text": None})
     lines(root / "silent.jsonl", {"messages": [{"role": "user", "content": "no answer"}]})
     (root / "garbage.jsonl").write_text('{"messages": [\n')
     (root / "deep.jsonl").write_text("[" * 100_000 + "\n")
@@ -121,10 +140,10 @@ def broken_models(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     path = copied("bigheader") / "model.safetensors"
     path.write_bytes(path.read_bytes()[7::-1] + path.read_bytes()[8:])
-    path = copied("bigweights") / "model.safetensors"
-    raw = path.read_bytes()
-    begin = 8 + int.from_bytes(raw[:8], "little")
-    path.write_bytes(raw[:begin] + np.frombuffer(raw[begin:], "<f4").astype(">f4").tobytes())
+    turn(copied("bigweights") / "model.safetensors")
+    path = copied("bighalves") / "model.safetensors"  # of float32 that was bfloat16 no number is NaN when it is turned
+    tree.save(tree.cast(tree.cast(params, torch.bfloat16), torch.float32), path)
+    turn(path)
     (copied("headless") / "model.safetensors").write_bytes(b"\xff" * 400)
     tree.save(tree.select(params, "*mlp*"), copied("partial") / "model.safetensors")
     (copied("wordless") / "tokenizer.model").unlink()
@@ -141,10 +160,46 @@ def broken_models(root: Path) -> None:
     (root / "bare").mkdir()
     shutil.copy(root / "adapter" / "adapter_config.json", root / "bare" / "adapter_config.json")
     (root / "bare" / "adapter_model.bin").write_bytes(b"\x80\x04\x95")
-    shutil.copytree(root / "adapter", root / "badadapter", ignore=shutil.ignore_patterns("checkpoints", "*.jsonl"))
-    (root / "badadapter" / "adapter_config.json").write_text('{"r": "many"}')
+    weights["model.norm"] = torch.ones(3)
+    save_file(weights, copied("clash") / "model.safetensors")
     (root / "badwords").mkdir()
     (root / "badwords" / "tokenizer.model").write_bytes(b"\x00\x01 this is no SentencePiece model")
+    for name, text in {"objectwords": "{}", "listwords": "[]", "emptywords": ""}.items():
+        files.write_text(root / name / "tokenizer.json", text)
+
+
+def broken_adapters(root: Path) -> None:
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(root / "adapter", root / name, ignore=shutil.ignore_patterns("check*", "*.jsonl")))
+
+    (copied("badadapter") / "adapter_config.json").write_text('{"r": "many"}')
+    for name, change in {
+        "targets": {"target_modules": 5},
+        "rate": {"lora_dropout": "much"},
+        "switch": {"use_rslora": "maybe"},
+        "based": {"base_model_name_or_path": 5},
+    }.items():
+        path = copied(f"bad{name}") / "adapter_config.json"
+        files.write_json(path, {**files.read_json(path), **change})
+    tensors = load_file(copied("intadapter") / "adapter_model.safetensors")
+    save_file(
+        {name: leaf.to(torch.int32) for name, leaf in tensors.items()}, root / "intadapter/adapter_model.safetensors"
+    )
+    save_file({}, copied("emptyadapter") / "adapter_model.safetensors")
+
+
+def broken_foreigners(root: Path) -> None:
+    """Folders of other programs, which are here for their `config.json` alone."""
+    values = files.read_json(root / "model" / "config.json")
+    for number, change in enumerate(FOREIGN, 1):
+        files.write_json(root / f"foreign{number}" / "config.json", {**values, **change})
+
+
+def turn(path: Path) -> None:
+    """The float32 numbers of a safetensors file, big-endian."""
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    path.write_bytes(raw[:begin] + np.frombuffer(raw[begin:], "<f4").astype(">f4").tobytes())
 
 
 def configurations(root: Path) -> None:
@@ -152,6 +207,8 @@ def configurations(root: Path) -> None:
     (root / "half.json").write_text('{"d_model": 3')
     (root / "unknown.json").write_text('{"d_modell": 32}')
     (root / "types.json").write_text('{"d_model": "wide"}')
+    (root / "null.json").write_text("null")
+    (root / "scaled.json").write_text('{"rope_scaling": ["x", 1, 2, 3]}')
     (root / "huge.json").write_text('{"d_model": 1e400}')
     (root / "undecodable.json").write_bytes(b'{"d_model": "\xff"}')
     (root / "deep.json").write_text("[" * 100_000)

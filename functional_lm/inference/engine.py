@@ -89,6 +89,8 @@ class Engine:
         self.slots, self.waiting, self.reuse = slots, waiting, reuse
         rows = min(length or config.max_len, config.max_len)
         self.longest = rows - guesses  # tokens of prompt and text together
+        if rows < 2:
+            raise UsageError(f"a context of {rows} tokens has no room for a prompt and an answer; it needs 2")
         if self.longest < 2:
             raise UsageError(f"{guesses} guesses leave nothing of a context of {rows} tokens; give at most {rows - 2}")
         self.capacity = lora.entries(bank) if bank else 0

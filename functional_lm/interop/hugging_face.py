@@ -1,7 +1,8 @@
 """Hugging Face's model folders in and out, one tensor at a time.
 
 `load_folder` gives what a folder holds; `import_folder` makes a model folder of this project from it, and `export`
-goes the other way. All three judge the whole folder by its `config.json` and the headers of its files first.
+goes the other way. All three judge the whole folder first, by its `config.json`, the headers of its files and the
+numbers of its vectors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_lm import files, folder, sampling_settings, tree
+from functional_lm import byte_order, files, folder, sampling_settings, tree
 from functional_lm.errors import DataError
 from functional_lm.folder import Model
 from functional_lm.interop.layouts import Layout, canonical, layouts
@@ -100,7 +101,7 @@ def fitting(config: ModelConfig) -> str:
 
 
 def examine(path: str | Path) -> Foreign:
-    """Judge a model folder, this project's or a foreign one, by everything but its numbers."""
+    """Judge a model folder, this project's or a foreign one, by everything but the numbers of its matrices."""
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"no model folder at {path}")
@@ -113,6 +114,8 @@ def examine(path: str | Path) -> Foreign:
     wanted = layouts(family, config)
     by_place = {place: stored[name] for place, name in names.items()}
     described = _fit(by_place, wanted, config, path)
+    if byte_order.absurd(found.as_it_lies() for found in by_place.values() if len(found.shape) == 1):
+        raise DataError(f"{path} {byte_order.SAID}")
     tokenizer = tokenizers.load(path)
     folder.check_tokenizer(tokenizer, config, path)
     sources = {ours: (layout, i) for layout in wanted for i, ours in enumerate(layout.ours)}

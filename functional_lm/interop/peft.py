@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_lm import files, pickles, tree
+from functional_lm import byte_order, files, pickles, tree
 from functional_lm.errors import DataError, UsageError
 from functional_lm.model import lora
 from functional_lm.model.config import read_object
@@ -144,8 +144,14 @@ def load(
         )
     stored = _without_copies(tree.flatten(tree.load(folder / WEIGHTS, device)), params, folder / WEIGHTS)
     flat = {_ours(name, folder / WEIGHTS): leaf for name, leaf in stored.items()}
+    if not flat:
+        raise DataError(f"{folder / WEIGHTS} holds no adapter: it has no tensors; write or copy it again")
     for name, leaf in flat.items():
+        if not leaf.is_floating_point():
+            raise DataError(f"{folder / WEIGHTS}: {name!r} is of {leaf.dtype}; an adapter holds floats")
         if not torch.isfinite(leaf).all():
+            if byte_order.turned(leaf):
+                raise DataError(f"{folder / WEIGHTS}: {name!r} {byte_order.SAID}")
             raise DataError(f"{folder / WEIGHTS}: {name!r} holds numbers that are not finite")
     for path, leaves in lora.projections(tree.unflatten(flat)).items():
         if ("lora_magnitude" in leaves) != bool(values.get("use_dora")) and not path.endswith(EMBEDDING):
@@ -221,6 +227,16 @@ def _check(values: Mapping[str, Any], path: Path) -> None:
             raise DataError(f"{path}: {name} is {values.get(name)!r}; it has to be above 0")
     if not float(values["r"]).is_integer():
         raise DataError(f"{path}: r is {values['r']!r}; it has to be a whole number")
+    rate, targets = values.get("lora_dropout") or 0.0, values.get("target_modules") or ()
+    if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise DataError(f"{path}: lora_dropout is {rate!r}; it has to be between 0 and 1")
+    if not isinstance(targets, str) and not all(isinstance(each, str) for each in _list_of(targets)):
+        raise DataError(f"{path}: target_modules is {targets!r}; it has to be names of modules")
+    for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
+        if not isinstance(values.get(name), bool | None):
+            raise DataError(f"{path}: {name} is {values[name]!r}; it has to be true or false")
+    if not isinstance(values.get("base_model_name_or_path"), str | None):
+        raise DataError(f"{path}: base_model_name_or_path is {values['base_model_name_or_path']!r}; it has to be text")
     for name in ("rank_pattern", "alpha_pattern"):
         _check_patterns(values.get(name) or {}, f"{path}: {name}")
     if not isinstance(start := values.get("init_lora_weights"), Hashable) or start not in STARTS:
@@ -233,6 +249,11 @@ def _check(values: Mapping[str, Any], path: Path) -> None:
             continue
         if name not in READ | HARMLESS and value not in (None, False, {}, []):
             raise DataError(f"{path}: {name} is {value!r}, which is not understood here")
+
+
+def _list_of(value: Any) -> list[Any]:
+    """A list as it is; of anything else, one thing that is no name."""
+    return list(value) if isinstance(value, list | tuple) else [None]
 
 
 def _check_patterns(patterns: Any, what: str) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_lm import pickles
+from functional_lm import byte_order, pickles
 from functional_lm.errors import DataError
 from functional_lm.files import not_safetensors, read_json
 
@@ -32,12 +32,19 @@ class Stored(NamedTuple):
 
     def read(self) -> Tensor:
         """The tensor. Raises DataError where a number is not finite."""
+        tensor = self.as_it_lies()
+        if not all(part.isfinite().all() for part in tensor.flatten().split(CHUNK)):
+            if byte_order.turned(tensor):
+                raise DataError(f"{self.path}: {self.name!r} {byte_order.SAID}")
+            raise DataError(f"{self.path}: {self.name!r} holds NaN or infinite numbers; this model is damaged")
+        return tensor
+
+    def as_it_lies(self) -> Tensor:
+        """The tensor, whatever its numbers are."""
         from safetensors import safe_open
 
         with safe_open(str(self.path), framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.name)
-        if not all(part.isfinite().all() for part in tensor.flatten().split(CHUNK)):
-            raise DataError(f"{self.path}: {self.name!r} holds NaN or infinite numbers; this model is damaged")
         return tensor
 
 

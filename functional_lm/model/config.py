@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from functional_lm import pickles
-from functional_lm.errors import DataError, UsageError
+from functional_lm.errors import DataError, UsageError, json_kind
 from functional_lm.model.presets import ORIGINAL_KEYS, preset_values, translate
 from functional_lm.model.presets import PRESETS as PRESETS
 from functional_lm.options import check, option
@@ -94,7 +94,7 @@ class ModelConfig:
         if not self.initializer_range:  # "small init", Nguyen and Salazar, arXiv 1910.05895, section 2.2
             derive(self, "initializer_range", math.sqrt(2 / (5 * self.d_model)))
         if self.rope_scaling is not None:
-            derive(self, "rope_scaling", tuple(float(number) for number in self.rope_scaling))
+            derive(self, "rope_scaling", self._scaling(self.rope_scaling))
         self._check()
 
     def _check(self) -> None:
@@ -109,12 +109,17 @@ class ModelConfig:
             raise UsageError(f"d_model {self.d_model} is odd; sinusoidal positions need an even width")
         if self.parallel_residual and self.norm_placement == "post":
             raise UsageError("parallel_residual goes with norm_placement pre, not post")
-        if self.rope_scaling is not None:
-            numbers = self.rope_scaling
-            if len(numbers) != 4 or not all(0 < n < math.inf for n in numbers) or numbers[1] >= numbers[2]:
-                raise UsageError(
-                    f"rope_scaling is {numbers}; it has to be four positive numbers, the second less than the third"
-                )
+
+    @staticmethod
+    def _scaling(found: Any) -> tuple[float, ...]:
+        """`rope_scaling` as floats. Raises UsageError."""
+        numbers = tuple(found) if isinstance(found, (list, tuple)) else ()
+        real = all(isinstance(n, (int, float)) and not isinstance(n, bool) and 0 < n < math.inf for n in numbers)
+        if len(numbers) != 4 or not real or numbers[1] >= numbers[2]:
+            raise UsageError(
+                f"rope_scaling is {found!r}; it has to be four positive numbers, the second less than the third"
+            )
+        return tuple(map(float, numbers))
 
     @property
     def rotary_width(self) -> int:
@@ -223,5 +228,5 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 def _object(values: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise DataError(f"{path} holds a {type(values).__name__}, not an object of settings")
+        raise DataError(f"{path} holds {json_kind(values)}, not an object of settings")
     return values

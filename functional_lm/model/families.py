@@ -94,7 +94,7 @@ def from_hugging_face(values: Mapping[str, Any], source: str = "config.json") ->
         raise DataError(f"{source}: {OURS!r} is {ours!r}; it has to be an object of settings")
     if name == OURS:
         return _from_json(ours, source)
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise DataError(f"{source}: model_type is {name!r}; it can be {', '.join(FAMILIES)}")
     if name == "mistral":  # whose window is off where it is null, and not where it is absent
         values = {"sliding_window": 4096, **values}

@@ -34,6 +34,27 @@ NEUTRAL: dict[str, Any] = {
     "rope_interleaved": False,
     "use_mrope": False,
 }
+# What a value has to be before anything is computed with it; of what stands in none of them, whoever reads it decides.
+WHOLE = frozenset({
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "max_position_embeddings", "sliding_window",
+    "max_window_layers", "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "n_ctx",
+})  # fmt: skip
+REAL = frozenset({
+    "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "rotary_pct",
+    "rotary_emb_base", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "initializer_range",
+    "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "original_max_position_embeddings",
+})  # fmt: skip
+SWITCHES = frozenset({
+    "attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "use_parallel_residual",
+})  # fmt: skip
+OBJECTS, LISTS, WORDS = (
+    frozenset({"rope_scaling", "rope_parameters"}),
+    frozenset({"layer_types"}),
+    ("rope_type", "type"),
+)
+POSITIVE = frozenset({"num_attention_heads", "num_key_value_heads", "n_head"})
 REMEDIES = {
     "quantization_config": "quantised weights are not read; import the folder that they were made from",
     "auto_map": "the model brings code of its own, which is never run",
@@ -52,7 +73,32 @@ class Keys:
         value = self._values.pop(key, default)
         if value is REQUIRED:
             raise DataError(f"{self._source} lacks {key!r}, which its model_type needs")
+        if value is not default:
+            self._check(key, value)
         return value
+
+    def _check(self, key: str, value: Any) -> None:
+        """Refuse a value of another kind than the key's, and what an object holds of such."""
+        number, whole = isinstance(value, (int, float)) and not isinstance(value, bool), isinstance(value, int)
+        wanted = [
+            word
+            for names, right, word in (
+                (WHOLE, number and whole, "a whole number"),
+                (REAL, number, "a number"),
+                (SWITCHES, isinstance(value, bool), "true or false"),
+                (OBJECTS, isinstance(value, dict), "an object of settings"),
+                (LISTS, isinstance(value, list) and all(isinstance(each, str) for each in value), "a list of words"),
+                (WORDS, isinstance(value, str), "a word"),
+                (POSITIVE, number and value > 0, "above 0"),
+            )
+            if key in names and not right
+        ]
+        if wanted:
+            raise self.refusal(key, value, f"it has to be {wanted[0]}")
+        if key in OBJECTS:
+            for inner, part in value.items():
+                if part is not None:
+                    self._check(inner, part)
 
     def choose(self, key: str, choices: Mapping[Any, Any], default: Any) -> Any:
         """What a value among `choices` means."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from functional_lm import files
-from functional_lm.errors import DataError
+from functional_lm.errors import DataError, json_kind
 from functional_lm.text.interface import TOKENIZERS_FILE, Table, byte_count, save_model, utf8
 
 # What cuts a text and takes nothing away.
@@ -129,7 +129,7 @@ def _description(text: str) -> dict[str, Any]:
         if not all(isinstance(token["content"], str) and isinstance(token["id"], int) for token in added):
             raise TypeError("added_tokens are names with numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"not a tokenizer.json ({type(error).__name__}: {error})") from error
+        raise DataError(f"not a tokenizer.json ({_told(error)}); copy it again, or name another") from error
     names = [part["type"] for part in parts]
     fallback = bool(model.get("byte_fallback"))
     if kind != "BPE" or fallback == ("ByteLevel" in names) or not set(names) <= {*CUTTING}:
@@ -152,6 +152,13 @@ def _description(text: str) -> dict[str, Any]:
     if not all(isinstance(number, int) and 0 <= number < MOST for number in numbers):
         raise DataError(f"its vocabulary has ids that are no whole numbers from 0 to {MOST - 1}")
     return dict(description)
+
+
+def _told(error: Exception) -> str:
+    """What is wrong with the file, rather than with the code that reads it."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return f"no JSON: {error}" if isinstance(error, ValueError) else "a part of it is of another kind"
 
 
 def _flat(part: dict[str, Any] | None, inner: str) -> Iterator[dict[str, Any]]:
@@ -199,7 +206,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         except ValueError as error:
             raise DataError(f"{folder / name} is not JSON ({error})") from error
         if not isinstance(values, dict):
-            raise DataError(f"{folder / name} holds a {type(values).__name__}, not an object of settings")
+            raise DataError(f"{folder / name} holds {json_kind(values)}, not an object of settings")
         found = {**values, **{key: value for key, value in found.items() if value is not None}}
     if (template := folder / TEMPLATE).is_file():
         try:

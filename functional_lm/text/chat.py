@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from functional_lm.errors import json_kind
 from functional_lm.text import document as documents
 from functional_lm.text.document import Segment, Special
 from functional_lm.text.interface import ASSISTANT, END, SYSTEM, USER, Tokenizer
@@ -49,13 +50,13 @@ def turn(role: str, content: str) -> Turn:
 def turns(rows: Any) -> list[Turn]:
     """Turns from a list of `{role, content}` or `{from, value}`. Raises TypeError or ValueError naming the turn."""
     if not isinstance(rows, list):
-        raise TypeError(f"it is {type(rows).__name__}, not a list of turns")
+        raise TypeError(f"it is {json_kind(rows)}, not a list of turns")
     return [_turn(row, f"turn {number}") for number, row in enumerate(rows, 1)]
 
 
 def _turn(row: Any, where: str) -> Turn:
     if not isinstance(row, Mapping):
-        raise TypeError(f"{where} is {type(row).__name__}, not an object")
+        raise TypeError(f"{where} is {json_kind(row)}, not an object")
     role, content = (
         next((row[name] for name in names if name in row), None) for names in (ROLE_FIELDS, CONTENT_FIELDS)
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from functional_lm.errors import DataError
+from functional_lm.errors import DataError, json_kind
 from functional_lm.text import chat, readers
 from functional_lm.text.chat import Turn
 from functional_lm.text.corpus import Corpus
@@ -112,7 +112,7 @@ def _turns(row: Row, name: str, role: str) -> list[Turn]:
 
 def _string(row: Row, name: str) -> str:
     if not isinstance(row[name], str):
-        raise TypeError(f"{name!r} is {type(row[name]).__name__}, not text")
+        raise TypeError(f"{name!r} is {json_kind(row[name])}, not text")
     return str(row[name])
 
 

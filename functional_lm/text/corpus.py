@@ -138,7 +138,8 @@ def entries(corpus: Corpus, place: Place = Place()) -> Iterator[Entry]:  # noqa:
             start = base + end
         base += path.stat().st_size
     if none:
-        raise DataError(f"no text in {corpus.source!r}: {len(corpus.parts)} files, all empty")
+        many = "its one file is" if len(corpus.parts) == 1 else f"all of its {len(corpus.parts)} files are"
+        raise DataError(f"no text in {corpus.source!r}: {many} empty; a source must hold text")
 
 
 # Finding files --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from functional_lm.errors import DataError
+from functional_lm.errors import DataError, json_kind
 from functional_lm.text import json_list, storage
 from functional_lm.text import rows as rows_of
 from functional_lm.text.compression import PACKED, unpacked
@@ -62,7 +62,7 @@ def rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
     def whole(row: Any, where: str) -> Any:
         if not isinstance(row, dict):
-            raise DataError(f"{where}: a JSON object was expected, not {type(row).__name__}")
+            raise DataError(f"{where}: a JSON object was expected, not {json_kind(row)}")
         return row, where
 
     reader = ROW_READERS.get(_suffixes(path)[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from functional_lm.errors import DataError
+from functional_lm.errors import DataError, json_kind
 from functional_lm.text import chat
 from functional_lm.text.document import Document
 
@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 def document(row: Any, where: str) -> Document:
     """The document of a row. Raises DataError, with `where` it stands, for what is none."""
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object was expected, not {type(row).__name__}")
+        raise DataError(f"{where}: a JSON object was expected, not {json_kind(row)}")
     fields = fields_of(row, where)
     try:
         made = ROWS[fields](row)
@@ -56,7 +56,7 @@ def _prompt_and_response(row: Row) -> Document:
 
 def _string(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"it is {type(value).__name__}")
+        raise TypeError(f"it is {json_kind(value)}")
     return value
 
 

@@ -246,7 +246,11 @@ def train(model_type: str, documents: Iterable[str], vocab_size: int, sample_byt
     if not sentences:
         raise DataError("no text to train a tokenizer on; the documents are empty")
     if model_type == "char":
-        sentences = _of_frequent_characters(sentences, vocab_size)
+        every, sentences = sentences, _of_frequent_characters(sentences, vocab_size)
+        if not "".join(sentences).strip() and (most := len(set(chain.from_iterable(every)))):
+            raise UsageError(
+                f"vocab_size {vocab_size} has no room for the text's characters; give up to {FEWEST + most + 1}"
+            )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -301,4 +305,6 @@ def _training_error(message: str, vocab_size: int) -> Exception:
         return UsageError(
             f"vocab_size {vocab_size} cannot hold the text's characters and all bytes; give {least[1]} or more"
         )
-    return DataError(f"SentencePiece could not train on this text: {message}")
+    if "sentences_.empty()" in message or "all_chars_count" in message:
+        return DataError("the text has no characters that a vocabulary could be made of; give other text, or more")
+    return DataError(f"SentencePiece could not train on this text ({message}); try another --tokenizer_type")
