@@ -189,6 +189,11 @@ def _tokenizer_and_model(
             tokenizer = tokenizers.load(checkpoint)
         elif options.tokenizer is not None:
             tokenizer = tokenizers.load(options.tokenizer)
+            if exactly and options.vocab_size != tokenizer.vocab_size:
+                raise UsageError(
+                    f"--vocab_size is {options.vocab_size}, and the tokenizer in {options.tokenizer} has "
+                    f"{tokenizer.vocab_size} ids; leave one of them out"
+                )
         else:
             tokenizer = _new_tokenizer(options, found, exactly)
         config = _architecture(options, overrides, tokenizer.vocab_size)

@@ -201,7 +201,7 @@ def test_what_is_not_there_is_refused_before_anything_is_read(tmp_path: Path, na
 def test_files_that_are_all_empty_are_no_documents(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "")
     write(tmp_path / "b.jsonl", '\n{"text": ""}\n')
-    with pytest.raises(DataError, match="2 files, all empty"):
+    with pytest.raises(DataError, match="all of its 2 files are empty"):
         read(tmp_path)
 
 

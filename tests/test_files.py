@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functional_lm import files
+from functional_lm import disk, files
 
 OLD, NEW = "the old one\n", "the new one, longer\n" * 50
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -165,6 +166,21 @@ def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_return(
     at = events.index("renamed")
     assert {path.stat().st_ino for path in written} == set(events[:at])
     assert events[at + 1 :] == [tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("begun", [b"", b"line 1\n", b"line 1\nhalf a li"])
+def test_lines_that_grow_are_on_the_disk_before_the_return(tmp_path: Path, begun: bytes) -> None:
+    """And so is the name of a file that was not there; what a crash left behind the last whole line goes."""
+    path, length = tmp_path / "lines", begun.rfind(b"\n") + 1
+    if begun:
+        path.write_bytes(begun)
+    watching = faults.Failing()
+    with disk.watched_by(watching):
+        grown = files.grow(path, "line 2\n", length if begun else None)
+    assert path.read_bytes() == begun[:length] + b"line 2\n"
+    assert watching.unsynced == {path: path.stat().st_size}
+    assert grown == path.stat().st_size
+    assert watching.done[-1] == ("sync", path if begun else tmp_path)
 
 
 CRASH = """

@@ -177,7 +177,12 @@ def test_tokenizer_and_dataset_made_beforehand_train_the_same_model(
     assert not (tmp_path / "from tokens" / "data").exists()
     assert command("train-tokenizer", data=text, out=tmp_path / "others", vocab_size=330) == 0
     capsys.readouterr()
-    other = {"data": tmp_path / "tokens.bin", "tokenizer": tmp_path / "others", "out": tmp_path / "run"}
+    other = {
+        "data": tmp_path / "tokens.bin",
+        "tokenizer": tmp_path / "others",
+        "out": tmp_path / "run",
+        "vocab_size": None,
+    }
     assert pretrain(**other) == 1
     assert "was made with another tokenizer" in one_line(capsys)
 
