@@ -49,11 +49,8 @@ REAL = frozenset({
 SWITCHES = frozenset({
     "attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "use_parallel_residual",
 })  # fmt: skip
-OBJECTS, LISTS, WORDS = (
-    frozenset({"rope_scaling", "rope_parameters"}),
-    frozenset({"layer_types"}),
-    ("rope_type", "type"),
-)
+OBJECTS = frozenset({"rope_scaling", "rope_parameters"})
+LISTS, WORDS = frozenset({"layer_types"}), frozenset({"rope_type", "type"})
 POSITIVE = frozenset({"num_attention_heads", "num_key_value_heads", "n_head"})
 REMEDIES = {
     "quantization_config": "quantised weights are not read; import the folder that they were made from",
