@@ -54,10 +54,13 @@ REFUSED = {
         "--perturb is of --strategy pbt; pso has none",
     ),
     "an adapter's own targets": (["--adapter", "x", "--targets", "q_proj"], "--targets is what the adapter in x has"),
-    "an objective twice": (["--strategy", "nsga2", "--fitness", "loss,loss"], "--fitness names loss 2 times"),
+    "an objective twice": (
+        ["--strategy", "nsga2", "--fitness", "loss,loss"],
+        "--fitness is loss,loss; name each figure once",
+    ),
     "a descriptor twice": (
         ["--strategy", "map-elites", "--descriptor", "bits,bits", "--bins", "2x2", "--ranges", "0:1,0:1"],
-        "--descriptor names bits 2 times",
+        "--descriptor is bits,bits; name each figure once",
     ),
     "tuned twice": (
         ["--space", "hyper", "--strategy", "pbt", "--tuned", "learning_rate,learning_rate"],

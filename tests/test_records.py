@@ -142,7 +142,7 @@ def test_parquet_with_bytes_that_are_no_text(tmp_path: Path, read: Callable[[Pat
 @pytest.mark.parametrize("written", ["[1]", "{", DEEP, '"\xff"', "null"])
 def test_settings_of_a_tokenizer_that_are_none(tmp_path: Path, written: str) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes(written.encode("latin-1"))
-    with pytest.raises(DataError, match=r"tokenizer_config\.json (is not JSON|holds a)"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json (is not JSON|holds (null|an? ))"):
         gguf.chat_template(tmp_path)
 
 
