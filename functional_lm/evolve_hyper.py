@@ -24,21 +24,24 @@ if TYPE_CHECKING:
 def evolution_of(options: EvolveFlags, model: Model, digest: str) -> Evolution:
     """P trainings of the model as a strategy whose candidates are their weights."""
     from functional_lm import evolve_override, folder, keys
-    from functional_lm.evolution import spaces
+    from functional_lm.evolution import hyper, spaces
+    from functional_lm.model import transformer
+
+    begins = keys.fold_in_name(key_of(options), "evolution")
 
     def write(path: Path, leaves: Tree) -> None:
         folder.save(path, leaves, model.config, model.tokenizer)
 
     def facts(journal: Journal, kept: str, leaves: Tree) -> Mapping[str, Any]:
-        key = keys.fold_in_name(key_of(options), "evolution")
-
         def at(generation: int) -> hyper.Settings:
             return settings(evolve_override.flags_of(journal.began(generation), str(journal.path)))
 
-        return {"numbers": schedule(journal, key, numbers(options), at, kept)}
+        return {"numbers": schedule(journal, begins, numbers(options), at, kept)}
 
-    strategy = strategy_of(options, model)
-    return Evolution(model, spaces.full(model.params), strategy, digest, write, GENERATE, "model", facts)
+    start, strategy = model.params, strategy_of(options, model)
+    if options.fresh:  # what the first member begins with
+        (start,) = hyper.newborn(begins, lambda key: transformer.init(model.config, key), 1)
+    return Evolution(model, spaces.full(start), strategy, digest, write, GENERATE, "model", facts)
 
 
 def strategy_of(options: EvolveFlags, model: Model) -> Strategy:

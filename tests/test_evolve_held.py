@@ -129,6 +129,18 @@ def test_trainings_are_chosen_by_their_answers(more: list[str], at: Path, capsys
     assert folder.load(at / "run").config.max_len == 32
 
 
+def test_what_is_fresh_starts_at_new_weights(at: Path) -> None:
+    """Not at those of the model, which is no worse for that."""
+    flags = ["--space", "hyper", "--strategy", "pbt", "--val_fraction", "0.3", "--steps", "1", "--generations", "1"]
+    taught = [*flags, "--steps", "30", "--learning_rate", "0.02", "--fresh"]
+    assert evolved(Path("trained"), *taught[:6], *taught[8:]) == 0
+    started = []
+    for out, more in (("fresh", ["--fresh"]), ("on", [])):
+        assert evolved(at / out, "--model", "trained", *flags, *more) == 0
+        started.append(files.read_json(at / out / "summary.json")["held_out"]["start"])
+    assert started[0] < started[1] - 0.5
+
+
 def test_what_trainings_answer_is_told_again_without_the_function(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,18 @@ def test_tell_copies_weights_optimizer_and_numbers_and_history_knows(seed: int, 
         assert line[name][-2] == float(numbers_of[-2][name][member])
 
 
+def test_new_weights_are_those_that_members_begin_with() -> None:
+    def fresh(key: Tensor) -> tree.Tree:
+        return weights(CONFIG, int(key[0]) % 1000)
+
+    key = keys.key(3)
+    begun = hyper.pbt(HOW, FUNCTIONS, NUMBERS, fresh).init(key, {})
+    for count in (1, 5):
+        for member, params in enumerate(hyper.newborn(key, fresh, count)):
+            assert tree.digest(params) == tree.digest(tree.index(begun.states.params, member))
+    assert tree.digest(begun.centre) == tree.digest(hyper.newborn(key, fresh, 1)[0])
+
+
 @given(SEEDS)
 @settings(max_examples=3)
 def test_members_train_as_if_each_were_alone(seed: int) -> None:

@@ -203,12 +203,13 @@ def pbt(
     check_numbers(numbers)
 
     def init(key: Tensor, start: Tree) -> Population:
-        own = common.member_keys(keys.fold_in_name(key, "members"), settings.population)
-        begun = [functions.init(fresh(keys.fold_in_name(k, "init")) if fresh else start, k) for k in own.unbind()]
+        count = settings.population
+        first = newborn(key, fresh, count) if fresh else [start] * count
+        begun = [functions.init(params, own) for params, own in zip(first, _members(key, count).unbind())]
         states = _with(tree.stack(begun), beginning(key, numbers, settings))
         zero = torch.zeros((), dtype=torch.int64, device=key.device)
-        first = tree.copy(begun[0].params) if fresh else start
-        return Population(key, zero, first, first, common.worst(key), states)
+        centre = tree.copy(first[0]) if fresh else start
+        return Population(key, zero, centre, centre, common.worst(key), states)
 
     def ask(state: Population) -> Candidates:
         return Candidates({}, {}, state.states.params)
@@ -223,6 +224,15 @@ def pbt(
         return Population(state.key, state.generation + 1, centre, best, best_fitness, _with(states, after))
 
     return Strategy("pbt", settings.population, init, ask, tell)
+
+
+def newborn(key: Tensor, fresh: Callable[[Tensor], Tree], count: int) -> list[Tree]:
+    """New weights of the first `count` members of a strategy that begins with this key."""
+    return [fresh(keys.fold_in_name(own, "init")) for own in _members(key, count).unbind()]
+
+
+def _members(key: Tensor, count: int) -> Int[Tensor, "P 2"]:
+    return common.member_keys(keys.fold_in_name(key, "members"), count)
 
 
 def _with(states: TrainState, numbers: Numbers) -> TrainState:
