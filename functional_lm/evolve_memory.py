@@ -59,7 +59,7 @@ def chunk_of(options: EvolveFlags, evolution: Evolution, tokens: int) -> int:
             f"{console.size(held(options.population))} of them at once, and {console.size(free)} are free; {least}"
             f"{fewer}, --chunk_size 1 tries it all the same"
         )
-    return memory.automatic_chunk(options.population, each, tokens, left, device.type)
+    return memory.automatic_chunk(options.population, each, tokens, left, device.type, writes)
 
 
 def _doubled(options: EvolveFlags) -> int:

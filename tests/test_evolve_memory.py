@@ -6,6 +6,7 @@ Axes: P members, B rows, T tokens.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,24 @@ def bytes_of(node: tree.Tree) -> int:
     tokens=st.integers(1, 2**15),
     free=st.integers(0, 2**34),
     device=st.sampled_from(["cpu", "cuda"]),
+    writes=st.booleans(),
 )
-def test_automatic_chunks_fit_and_are_even(members: int, each: int, tokens: int, free: int, device: str) -> None:
-    size = memory.automatic_chunk(members, each, tokens, free, device)
+def test_automatic_chunks_fit_and_are_even(
+    members: int, each: int, tokens: int, free: int, device: str, writes: bool
+) -> None:
+    size = memory.automatic_chunk(members, each, tokens, free, device, writes)
     assert 1 <= size <= members
     if size > 1:
         assert size * each <= free * memory.SHARE
-        assert size * tokens <= memory.TOKENS_AT_ONCE or device == "cuda"
+        assert size * tokens <= memory.TOKENS_AT_ONCE["written" if writes else "read"] or device == "cuda"
     count = -(-members // size)
     assert count * size - members < count  # nothing smaller does with as many chunks
 
 
-def test_only_on_a_cpu_are_more_tokens_slower() -> None:
-    chunks = {device: memory.automatic_chunk(4096, 1, 1024, 1 << 40, device) for device in ("cpu", "cuda")}
-    assert chunks == {"cpu": 4, "cuda": 4096}
+def test_only_on_a_cpu_are_more_tokens_slower_and_fewer_of_those_that_are_read() -> None:
+    how = itertools.product(("cpu", "cuda"), (False, True))
+    chunks = [memory.automatic_chunk(4096, 1, 1024, 1 << 40, device, writes) for device, writes in how]
+    assert chunks == [4, 16, 4096, 4096]
 
 
 # What a member takes --------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ import torch
 from functional_lm.model import account
 from functional_lm.model.config import ModelConfig
 
-TOKENS_AT_ONCE = 4096  # more in one chunk is slower on a CPU (its cache holds less of them), and takes memory
+# Tokens of a chunk: more is slower on a CPU, whose cache holds less of them, and takes memory. Of members that answer
+# only the prompts are read in one pass, and each token of an answer wants many rows.
+TOKENS_AT_ONCE = {"read": 4096, "written": 16384}
 SHARE = 0.5  # of the free memory that a chunk may take
 UNKNOWN = 2 << 30  # bytes, where the system does not tell
 # Limit, use, and in `memory.stat` the part of the use that is given back when somebody needs it.
@@ -51,14 +53,16 @@ def member_bytes(config: ModelConfig, tokens: int, own: int, dtype: torch.dtype,
     return own + cache + max(activations + scores, activations // 2 + logits)
 
 
-def automatic_chunk(population: int, each: int, tokens: int, free: int, device: str = "cpu") -> int:
+def automatic_chunk(
+    population: int, each: int, tokens: int, free: int, device: str = "cpu", writes: bool = False
+) -> int:
     """Members of a chunk: what memory holds, on a CPU no more tokens than pay, and chunks as equal as they can be.
 
-    `each` are the bytes of a member, `tokens` those that it reads, `free` the bytes there are.
+    `each` are the bytes of a member, `tokens` those that it reads or `writes`, `free` the bytes there are.
     """
     room = int(SHARE * free) // max(1, each)
     if device == "cpu":
-        room = min(room, TOKENS_AT_ONCE // max(1, tokens))
+        room = min(room, TOKENS_AT_ONCE["written" if writes else "read"] // max(1, tokens))
     count = -(-population // min(max(1, room), population))
     return -(-population // count)
 
