@@ -54,17 +54,9 @@ REFUSED = {
         "--perturb is of --strategy pbt; pso has none",
     ),
     "an adapter's own targets": (["--adapter", "x", "--targets", "q_proj"], "--targets is what the adapter in x has"),
-    "an objective twice": (
-        ["--strategy", "nsga2", "--fitness", "loss,loss"],
-        "--fitness is loss,loss; name each figure once",
-    ),
     "a descriptor twice": (
         ["--strategy", "map-elites", "--descriptor", "bits,bits", "--bins", "2x2", "--ranges", "0:1,0:1"],
         "--descriptor is bits,bits; name each figure once",
-    ),
-    "tuned twice": (
-        ["--space", "hyper", "--strategy", "pbt", "--tuned", "learning_rate,learning_rate"],
-        "--tuned is learning_rate,learning_rate; name each number once",
     ),
     "tuned for nothing": (
         ["--space", "hyper", "--strategy", "pbt", "--tuned", "momentum"],
